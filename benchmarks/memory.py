@@ -1,0 +1,66 @@
+"""Memory of a training step: what autograd keeps between forward and backward, and the highest sum of live tensors."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+import ganvas
+from shapes import MapShape
+
+
+def chain(channels: int, layers: int = 4) -> nn.Sequential:
+    """conv3×3, BatchNorm, LeakyReLU, ``layers`` times over."""
+    blocks: list[nn.Module] = []
+    for _ in range(layers):
+        blocks += [nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.LeakyReLU(0.2)]
+    return nn.Sequential(*blocks)
+
+
+def activation_bytes(shape: MapShape, dtype: torch.dtype) -> dict[str, int]:
+    """Bytes of the distinct storages that autograd keeps, parameters left out."""
+    return {name: _kept(model, x) for name, (model, x) in _candidates(shape, dtype).items()}
+
+
+def peak_bytes(shape: MapShape, dtype: torch.dtype) -> dict[str, int]:
+    """Highest sum of live tensor bytes during forward + backward, over what lived before the step."""
+    return {name: _peak(model, x) for name, (model, x) in _candidates(shape, dtype).items()}
+
+
+def _candidates(shape: MapShape, dtype: torch.dtype) -> dict[str, tuple[nn.Module, Tensor]]:
+    eager = chain(shape.channels).to(dtype, memory_format=torch.channels_last)
+    fused = copy.deepcopy(eager)
+    ganvas.convert(fused)
+    x = torch.randn(shape.batch, shape.channels, shape.size, shape.size).to(dtype)
+    x = x.contiguous(memory_format=torch.channels_last)
+    return {"eager": (eager, x), "ganvas": (fused, x)}
+
+
+def _kept(model: nn.Module, x: Tensor) -> int:
+    kept: dict[int, int] = {}
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def remember(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
+        loss = model(x).sum()
+    del loss
+    return sum(kept.values())
+
+
+def _peak(model: nn.Module, x: Tensor) -> int:
+    model(x).sum().backward()  # gradients exist already in any step but the first
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        model(x).sum().backward()
+    live = highest = 0
+    records = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for record in sorted(records, key=lambda event: event.start_ns()):
+        live += record.nbytes()
+        highest = max(highest, live)
+    return highest

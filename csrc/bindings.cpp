@@ -1,0 +1,465 @@
+// Every native entry point, one page. Python passes addresses as integers, allocates every tensor and keeps it alive.
+#include <pybind11/native_enum.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <cstdint>
+#include <cstdlib>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/batch_norm_leaky_relu.h"
+#include "cpu/gan_loss.h"
+#include "cpu/isa.h"
+#include "cpu/max_pool.h"
+#include "cpu/pending_gradient.h"
+#include "cpu/winograd.h"
+#include "cpu/workspace.h"
+#if GANVAS_WITH_CUDA
+#include "cuda/device.h"
+#include "cuda/gan_loss.h"
+#endif
+
+namespace py = pybind11;
+using namespace ganvas;
+using namespace ganvas::cpu;
+using Address = std::uintptr_t;
+
+namespace {
+
+template <class T>
+T* pointer(Address address) {
+    return reinterpret_cast<T*>(address);
+}
+
+// The parts become one message only where it is thrown: the strings of ten checks take longer than a small kernel.
+template <class... Parts>
+void require(bool holds, const Parts&... message) {
+    if (holds) return;
+    std::ostringstream text;
+    (text << ... << message);
+    throw std::invalid_argument(text.str());
+}
+
+void require_address(const char* name, Address address, std::size_t alignment) {
+    require(address != 0, name, " must not be null");
+    require(address % alignment == 0, name, " must be aligned to ", alignment, " bytes; got address ", address);
+}
+
+std::size_t element_size(Dtype dtype) {
+    return dtype == Dtype::float32 ? 4 : 2;
+}
+
+void require_cpu_dtype(Dtype dtype) {
+    require(dtype != Dtype::float16, "the CPU kernels take float32 and bfloat16; got float16");
+}
+
+BatchNormShape batch_norm_shape(Dtype dtype, std::int64_t rows, std::int64_t channels, std::int64_t groups, float eps,
+                                float negative_slope, bool activation_first) {
+    require_cpu_dtype(dtype);
+    require(rows >= 1 && channels >= 1, "rows and channels must be at least 1; got ", rows, " and ", channels);
+    require(groups >= 1 && rows % groups == 0, "groups must divide rows; got ", groups, " groups, ", rows, " rows");
+    return {dtype, rows, channels, groups, eps, negative_slope, activation_first};
+}
+
+void batch_norm_leaky_relu_forward_(Dtype dtype, std::int64_t rows, std::int64_t channels, std::int64_t groups,
+                                    float eps, float negative_slope, bool activation_first, bool training,
+                                    Address input, Address weight, Address bias, Address mean, Address var,
+                                    Address running_mean, Address running_var, float momentum, Address output,
+                                    int threads) {
+    const auto shape = batch_norm_shape(dtype, rows, channels, groups, eps, negative_slope, activation_first);
+    require_address("input", input, element_size(dtype));
+    require_address("output", output, element_size(dtype));
+    require_address("mean", mean, 4);
+    require_address("var", var, 4);
+    require((running_mean == 0) == (running_var == 0), "running_mean and running_var go together");
+    batch_norm_leaky_relu_forward({shape, pointer<void>(input), pointer<float>(weight), pointer<float>(bias), training,
+                                   pointer<float>(mean), pointer<float>(var), pointer<float>(running_mean),
+                                   pointer<float>(running_var), momentum, nullptr, pointer<void>(output)},
+                                  threads);
+}
+
+void batch_norm_add_leaky_relu_forward_(Dtype dtype, std::int64_t rows, std::int64_t channels, std::int64_t groups,
+                                        float eps, float negative_slope, bool training, Address input, Address weight,
+                                        Address bias, Address mean, Address var, Address running_mean,
+                                        Address running_var, float momentum, Address residual, Address output,
+                                        int threads) {
+    const auto shape = batch_norm_shape(dtype, rows, channels, groups, eps, negative_slope, false);
+    for (Address address : {input, residual, output})
+        require_address("input, residual and output", address, element_size(dtype));
+    require_address("mean", mean, 4);
+    require_address("var", var, 4);
+    require((running_mean == 0) == (running_var == 0), "running_mean and running_var go together");
+    batch_norm_leaky_relu_forward(
+        {shape, pointer<void>(input), pointer<float>(weight), pointer<float>(bias), training, pointer<float>(mean),
+         pointer<float>(var), pointer<float>(running_mean), pointer<float>(running_var), momentum,
+         pointer<void>(residual), pointer<void>(output)},
+        threads);
+}
+
+void batch_norm_leaky_relu_backward_(Dtype dtype, std::int64_t rows, std::int64_t channels, std::int64_t groups,
+                                     float eps, float negative_slope, bool activation_first, bool training,
+                                     Address grad_output, Address input, Address weight, Address bias, Address mean,
+                                     Address var, Address grad_input, Address grad_weight, Address grad_bias,
+                                     int threads) {
+    const auto shape = batch_norm_shape(dtype, rows, channels, groups, eps, negative_slope, activation_first);
+    require_address("grad_output", grad_output, element_size(dtype));
+    require_address("input", input, element_size(dtype));
+    require_address("grad_input", grad_input, element_size(dtype));
+    require_address("mean", mean, 4);
+    require_address("var", var, 4);
+    require_address("grad_weight", grad_weight, 4);
+    require_address("grad_bias", grad_bias, 4);
+    batch_norm_leaky_relu_backward(
+        {shape, pointer<void>(grad_output), pointer<void>(input), pointer<float>(weight), pointer<float>(bias),
+         pointer<float>(mean), pointer<float>(var), training, pointer<void>(grad_input), pointer<float>(grad_weight),
+         pointer<float>(grad_bias), nullptr, nullptr},
+        threads);
+}
+
+void batch_norm_add_leaky_relu_backward_(Dtype dtype, std::int64_t rows, std::int64_t channels, std::int64_t groups,
+                                         float eps, float negative_slope, bool training, Address grad_output,
+                                         Address output, Address input, Address weight, Address bias, Address mean,
+                                         Address var, Address grad_input, Address grad_weight, Address grad_bias,
+                                         Address grad_residual, int threads) {
+    const auto shape = batch_norm_shape(dtype, rows, channels, groups, eps, negative_slope, false);
+    require(negative_slope >= 0,
+            "a slope below 0 leaves no trace of the kink's side in the output; got " + std::to_string(negative_slope));
+    for (Address address : {grad_output, output, input, grad_input, grad_residual})
+        require_address("output, input and their gradients", address, element_size(dtype));
+    for (Address address : {mean, var, grad_weight, grad_bias}) require_address("per-channel values", address, 4);
+    batch_norm_leaky_relu_backward(
+        {shape, pointer<void>(grad_output), pointer<void>(input), pointer<float>(weight), pointer<float>(bias),
+         pointer<float>(mean), pointer<float>(var), training, pointer<void>(grad_input), pointer<float>(grad_weight),
+         pointer<float>(grad_bias), pointer<void>(output), pointer<void>(grad_residual)},
+        threads);
+}
+
+using Strides = std::array<std::int64_t, 4>;
+
+// A convolution's output along one axis, whose kernel lies in the name.
+using OutputLength = std::int64_t (*)(std::int64_t length, std::int64_t padding);
+
+std::int64_t length_3x3(std::int64_t length, std::int64_t padding) {
+    return length + 2 * padding - 2;
+}
+
+std::int64_t length_4x4_stride2(std::int64_t length, std::int64_t padding) {
+    return length + 2 * padding < 4 ? 0 : (length + 2 * padding - 4) / 2 + 1;
+}
+
+std::int64_t length_4x4_stride2_transposed(std::int64_t length, std::int64_t padding) {
+    return 2 * (length - 1) - 2 * padding + 4;
+}
+
+template <OutputLength output_length>
+ConvolutionShape convolution_shape(Dtype dtype, const Strides& input_shape, std::int64_t out_channels,
+                                   std::int64_t padding, std::int64_t groups) {
+    require_cpu_dtype(dtype);
+    const auto [batch, channels, height, width] = input_shape;
+    require(batch >= 1 && channels >= 1 && out_channels >= 1, "batch and channels must be at least 1; got batch ",
+            batch, ", channels ", channels, " and ", out_channels);
+    require(height >= 1 && width >= 1, "the map must have pixels; got ", height, "×", width);
+    require(padding >= 0 && padding <= 2, "padding must be 0, 1 or 2; got ", padding);
+    const std::int64_t out_height = output_length(height, padding), out_width = output_length(width, padding);
+    require(out_height >= 1 && out_width >= 1, "the output would be empty; got a map of ", height, "×", width,
+            " and padding ", padding);
+    require(groups >= 1 && batch % groups == 0, "groups must divide the batch; got ", groups, " groups, batch ", batch);
+    return {dtype, batch, height, width, out_height, out_width, channels, out_channels, padding, groups};
+}
+
+PendingActivation pending_activation(const ConvolutionShape& shape, Address stored, Address scale, Address shift,
+                                     float negative_slope, bool activation_first) {
+    require_address("input", stored, element_size(shape.dtype));
+    require((scale == 0) == (shift == 0), "scale and shift go together");
+    return {pointer<void>(stored), pointer<float>(scale), pointer<float>(shift), negative_slope, activation_first};
+}
+
+// Strides of the output's channels, the input's, rows and columns: a transposed convolution's weight has them in
+// another order.
+ConvolutionWeight convolution_weight(Address values, const Strides& strides) {
+    require_address("weight", values, 4);
+    return {pointer<float>(values), strides[0], strides[1], strides[2], strides[3]};
+}
+
+template <OutputLength output_length, void (*kernel)(const ConvolutionForward&, int)>
+void convolution_forward_(Dtype dtype, const Strides& input_shape, std::int64_t out_channels, std::int64_t padding,
+                          std::int64_t groups, Address input, Address scale, Address shift, float negative_slope,
+                          bool activation_first, Address weight, const Strides& weight_strides, Address bias,
+                          Address output, int threads) {
+    const auto shape = convolution_shape<output_length>(dtype, input_shape, out_channels, padding, groups);
+    require_address("output", output, element_size(dtype));
+    kernel({shape,
+            pending_activation(shape, input, scale, shift, negative_slope, activation_first),
+            convolution_weight(weight, weight_strides),
+            pointer<float>(bias),
+            pointer<void>(output),
+            {}},
+           threads);
+}
+
+template <OutputLength output_length, void (*kernel)(const ConvolutionForward&, int)>
+void convolution_forward_statistics_(Dtype dtype, const Strides& input_shape, std::int64_t out_channels,
+                                     std::int64_t padding, std::int64_t groups, Address input, Address scale,
+                                     Address shift, float negative_slope, bool activation_first, Address weight,
+                                     const Strides& weight_strides, Address bias, Address output, Address bn_weight,
+                                     Address bn_bias, float eps, bool bn_activation_first, float bn_negative_slope,
+                                     Address running_mean, Address running_var, float momentum, Address mean,
+                                     Address var, Address bn_scale, Address bn_shift, int threads) {
+    const auto shape = convolution_shape<output_length>(dtype, input_shape, out_channels, padding, groups);
+    require_address("output", output, element_size(dtype));
+    for (Address address : {mean, var, bn_scale, bn_shift}) require_address("statistics", address, 4);
+    require((running_mean == 0) == (running_var == 0), "running_mean and running_var go together");
+    kernel({shape,
+            pending_activation(shape, input, scale, shift, negative_slope, activation_first),
+            convolution_weight(weight, weight_strides),
+            pointer<float>(bias),
+            pointer<void>(output),
+            {pointer<float>(bn_weight), pointer<float>(bn_bias), eps, bn_activation_first, bn_negative_slope,
+             pointer<float>(running_mean), pointer<float>(running_var), momentum, pointer<float>(mean),
+             pointer<float>(var), pointer<float>(bn_scale), pointer<float>(bn_shift)}},
+           threads);
+}
+
+template <OutputLength output_length, void (*kernel)(const ConvolutionBackwardInput&, int)>
+void convolution_backward_input_(Dtype dtype, const Strides& input_shape, std::int64_t out_channels,
+                                 std::int64_t padding, std::int64_t groups, Address grad_output, Address weight,
+                                 const Strides& weight_strides, Address input, Address scale, Address shift,
+                                 float negative_slope, bool activation_first, Address mean, Address grad_input,
+                                 Address sum, Address sum_deviation, int threads) {
+    const auto shape = convolution_shape<output_length>(dtype, input_shape, out_channels, padding, groups);
+    require_address("grad_output", grad_output, element_size(dtype));
+    require_address("grad_input", grad_input, element_size(dtype));
+    require(scale == 0 || input != 0, "a pending input needs its stored values");
+    require((scale == 0) == (shift == 0), "scale and shift go together");
+    kernel({shape,
+            pointer<void>(grad_output),
+            convolution_weight(weight, weight_strides),
+            {pointer<void>(input), pointer<float>(scale), pointer<float>(shift), negative_slope, activation_first},
+            pointer<float>(mean),
+            pointer<void>(grad_input),
+            pointer<float>(sum),
+            pointer<float>(sum_deviation)},
+           threads);
+}
+
+template <OutputLength output_length, void (*kernel)(const ConvolutionBackwardWeight&, int)>
+void convolution_backward_weight_(Dtype dtype, const Strides& input_shape, std::int64_t out_channels,
+                                  std::int64_t padding, std::int64_t groups, Address input, Address scale,
+                                  Address shift, float negative_slope, bool activation_first, Address grad_output,
+                                  Address grad_weight, const Strides& weight_strides, int threads) {
+    const auto shape = convolution_shape<output_length>(dtype, input_shape, out_channels, padding, groups);
+    require_address("grad_output", grad_output, element_size(dtype));
+    require_address("grad_weight", grad_weight, 4);
+    kernel({shape,
+            pending_activation(shape, input, scale, shift, negative_slope, activation_first),
+            pointer<void>(grad_output),
+            pointer<float>(grad_weight),
+            {nullptr, weight_strides[0], weight_strides[1], weight_strides[2], weight_strides[3]}},
+           threads);
+}
+
+void settle_pending_gradient_(Dtype dtype, std::int64_t rows, std::int64_t channels, std::int64_t groups, float eps,
+                              float negative_slope, bool activation_first, bool training, Address grad, Address stored,
+                              Address weight, Address mean, Address var, Address sum, Address sum_deviation,
+                              Address grad_weight, Address grad_bias, int threads) {
+    const auto shape = batch_norm_shape(dtype, rows, channels, groups, eps, negative_slope, activation_first);
+    require_address("grad", grad, element_size(dtype));
+    require_address("stored", stored, element_size(dtype));
+    for (Address address : {mean, var, sum, sum_deviation, grad_weight, grad_bias})
+        require_address("per-channel values", address, 4);
+    settle_pending_gradient(
+        {dtype, shape.rows, channels, groups, eps, negative_slope, activation_first, training, pointer<void>(grad),
+         pointer<void>(stored), pointer<float>(weight), pointer<float>(mean), pointer<float>(var), pointer<float>(sum),
+         pointer<float>(sum_deviation), pointer<float>(grad_weight), pointer<float>(grad_bias)},
+        threads);
+}
+
+MaxPoolShape max_pool_shape(Dtype dtype, const Strides& input_shape, std::int64_t groups) {
+    require_cpu_dtype(dtype);
+    const auto [batch, channels, height, width] = input_shape;
+    require(batch >= 1 && channels >= 1 && height >= 2 && width >= 2, "a map of at least 2×2 is pooled; got ", height,
+            "×", width, ", batch ", batch, ", channels ", channels);
+    require(groups >= 1 && batch % groups == 0, "groups must divide the batch; got ", groups, " groups, batch ", batch);
+    return {dtype, batch, height, width, channels, groups};
+}
+
+void max_pool_forward_(Dtype dtype, const Strides& input_shape, std::int64_t groups, Address input, Address scale,
+                       Address shift, float negative_slope, bool activation_first, Address output, Address index,
+                       int threads) {
+    const auto shape = max_pool_shape(dtype, input_shape, groups);
+    for (Address address : {input, output}) require_address("pixels", address, element_size(dtype));
+    for (Address address : {scale, shift}) require_address("scale and shift", address, 4);
+    require_address("index", index, 1);
+    max_pool_forward(
+        {shape,
+         {pointer<void>(input), pointer<float>(scale), pointer<float>(shift), negative_slope, activation_first},
+         pointer<void>(output),
+         pointer<std::uint8_t>(index)},
+        threads);
+}
+
+void max_pool_backward_(Dtype dtype, const Strides& input_shape, std::int64_t groups, Address input, Address scale,
+                        Address shift, float negative_slope, bool activation_first, Address grad_output, Address index,
+                        bool training, float eps, Address weight, Address mean, Address var, Address grad_input,
+                        Address grad_weight, Address grad_bias, int threads) {
+    const auto shape = max_pool_shape(dtype, input_shape, groups);
+    for (Address address : {input, grad_output, grad_input}) require_address("pixels", address, element_size(dtype));
+    for (Address address : {scale, shift, mean, var, grad_weight, grad_bias})
+        require_address("per-channel values", address, 4);
+    require_address("index", index, 1);
+    max_pool_backward(
+        {shape,
+         {pointer<void>(input), pointer<float>(scale), pointer<float>(shift), negative_slope, activation_first},
+         pointer<void>(grad_output),
+         pointer<std::uint8_t>(index),
+         training,
+         eps,
+         pointer<float>(weight),
+         pointer<float>(mean),
+         pointer<float>(var),
+         pointer<void>(grad_input),
+         pointer<float>(grad_weight),
+         pointer<float>(grad_bias)},
+        threads);
+}
+
+void require_discriminator_logits(Dtype dtype, GanLoss kind, Address real, std::int64_t real_count, Address fake,
+                                  std::int64_t fake_count, Address grad_real, Address grad_fake) {
+    require(real_count >= 1 && fake_count >= 1, "at least one logit of each; got ", real_count, " real and ",
+            fake_count, " fake");
+    require(kind != GanLoss::relativistic || real_count == fake_count, "the relativistic loss pairs logits; got ",
+            real_count, " real and ", fake_count, " fake");
+    for (Address address : {real, fake, grad_real, grad_fake})
+        require_address("logits and gradients", address, element_size(dtype));
+}
+
+void require_generator_logits(Dtype dtype, GanLoss kind, Address fake, Address real, std::int64_t count,
+                              Address grad_fake, Address grad_real) {
+    require(count >= 1, "at least one logit; got ", count);
+    require_address("fake", fake, element_size(dtype));
+    require_address("grad_fake", grad_fake, element_size(dtype));
+    if (kind == GanLoss::relativistic) {
+        require_address("real", real, element_size(dtype));
+        require_address("grad_real", grad_real, element_size(dtype));
+    }
+}
+
+void discriminator_loss_(Dtype dtype, GanLoss kind, float label_smoothing, Address real, std::int64_t real_count,
+                         Address fake, std::int64_t fake_count, Address grad_real, Address grad_fake, Address loss,
+                         Address metrics, int threads) {
+    require_cpu_dtype(dtype);
+    require_discriminator_logits(dtype, kind, real, real_count, fake, fake_count, grad_real, grad_fake);
+    require_address("loss", loss, 4);
+    require_address("metrics", metrics, 4);
+    discriminator_loss(
+        {dtype, kind, label_smoothing, pointer<void>(real), pointer<void>(fake), real_count, fake_count,
+         pointer<void>(grad_real), pointer<void>(grad_fake), pointer<float>(loss), pointer<float>(metrics)},
+        threads);
+}
+
+void generator_loss_(Dtype dtype, GanLoss kind, Address fake, Address real, std::int64_t count, Address grad_fake,
+                     Address grad_real, Address loss, int threads) {
+    require_cpu_dtype(dtype);
+    require_generator_logits(dtype, kind, fake, real, count, grad_fake, grad_real);
+    require_address("loss", loss, 4);
+    generator_loss({dtype, kind, pointer<void>(fake), pointer<void>(real), count, pointer<void>(grad_fake),
+                    pointer<void>(grad_real), pointer<float>(loss)},
+                   threads);
+}
+
+#if GANVAS_WITH_CUDA
+void discriminator_loss_cuda_(Dtype dtype, GanLoss kind, float label_smoothing, Address real, std::int64_t real_count,
+                              Address fake, std::int64_t fake_count, Address grad_real, Address grad_fake, Address loss,
+                              Address metrics, Address workspace, int device, Address stream) {
+    require_discriminator_logits(dtype, kind, real, real_count, fake, fake_count, grad_real, grad_fake);
+    require_address("loss", loss, element_size(dtype));
+    require_address("metrics", metrics, 4);
+    require_address("workspace", workspace, 8);
+    cuda::discriminator_loss({dtype, kind, label_smoothing, pointer<void>(real), pointer<void>(fake), real_count,
+                              fake_count, pointer<void>(grad_real), pointer<void>(grad_fake), pointer<void>(loss),
+                              pointer<float>(metrics), pointer<void>(workspace)},
+                             {device, pointer<void>(stream)});
+}
+
+void generator_loss_cuda_(Dtype dtype, GanLoss kind, Address fake, Address real, std::int64_t count, Address grad_fake,
+                          Address grad_real, Address loss, Address workspace, int device, Address stream) {
+    require_generator_logits(dtype, kind, fake, real, count, grad_fake, grad_real);
+    require_address("loss", loss, element_size(dtype));
+    require_address("workspace", workspace, 8);
+    cuda::generator_loss({dtype, kind, pointer<void>(fake), pointer<void>(real), count, pointer<void>(grad_fake),
+                          pointer<void>(grad_real), pointer<void>(loss), pointer<void>(workspace)},
+                         {device, pointer<void>(stream)});
+}
+#endif
+
+py::dict build_info() {
+    py::dict info;
+    info["version"] = GANVAS_VERSION;
+    info["compiler"] = GANVAS_COMPILER;
+    std::vector<std::string> isas;
+#define NAME(isa) isas.push_back(#isa);
+    GANVAS_FOR_EACH_ISA(NAME)
+#undef NAME
+    py::list names;
+    for (const auto& name : isas) names.append(name);
+    info["cpu_isas"] = names;
+    info["cuda"] = GANVAS_CUDA_ARCHITECTURES;
+    return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, module, py::mod_gil_not_used()) {
+    module.doc() = "ganvas' native kernels: addresses, sizes and a thread count in, filled memory out";
+    py::native_enum<Dtype>(module, "Dtype", "enum.Enum")
+        .value("float32", Dtype::float32)
+        .value("bfloat16", Dtype::bfloat16)
+        .value("float16", Dtype::float16)
+        .finalize();
+    py::native_enum<GanLoss>(module, "GanLoss", "enum.Enum")
+        .value("bce", GanLoss::bce)
+        .value("non_saturating", GanLoss::non_saturating)
+        .value("lsgan", GanLoss::lsgan)
+        .value("hinge", GanLoss::hinge)
+        .value("wgan", GanLoss::wgan)
+        .value("relativistic", GanLoss::relativistic)
+        .finalize();
+    const auto without_gil = py::call_guard<py::gil_scoped_release>();
+    module.def("batch_norm_leaky_relu_forward", batch_norm_leaky_relu_forward_, without_gil);
+    module.def("batch_norm_leaky_relu_backward", batch_norm_leaky_relu_backward_, without_gil);
+    module.def("batch_norm_add_leaky_relu_forward", batch_norm_add_leaky_relu_forward_, without_gil);
+    module.def("batch_norm_add_leaky_relu_backward", batch_norm_add_leaky_relu_backward_, without_gil);
+#define DEFINE_CONVOLUTION(name, length)                                                                           \
+    module.def(#name "_forward", convolution_forward_<length, name##_forward>, without_gil);                       \
+    module.def(#name "_forward_statistics", convolution_forward_statistics_<length, name##_forward>, without_gil); \
+    module.def(#name "_backward_input", convolution_backward_input_<length, name##_backward_input>, without_gil);  \
+    module.def(#name "_backward_weight", convolution_backward_weight_<length, name##_backward_weight>, without_gil);
+    DEFINE_CONVOLUTION(winograd, length_3x3)
+    DEFINE_CONVOLUTION(winograd_stride2, length_4x4_stride2)
+    DEFINE_CONVOLUTION(winograd_stride2_transposed, length_4x4_stride2_transposed)
+#undef DEFINE_CONVOLUTION
+    module.def("max_pool_forward", max_pool_forward_, without_gil);
+    module.def("max_pool_backward", max_pool_backward_, without_gil);
+    module.def("settle_pending_gradient", settle_pending_gradient_, without_gil);
+    module.def("discriminator_loss", discriminator_loss_, without_gil);
+    module.def("generator_loss", generator_loss_, without_gil);
+    module.def("workspace_bytes_held", workspace_bytes_held, "scratch memory kept for later calls");
+    module.def("release_workspace", release_workspace, "gives that memory back to the system");
+#if GANVAS_WITH_CUDA
+    module.def("discriminator_loss_cuda", discriminator_loss_cuda_, without_gil);
+    module.def("generator_loss_cuda", generator_loss_cuda_, without_gil);
+    module.def("cuda_refusal", cuda::refusal, without_gil,
+               "why the CUDA kernels cannot run on the device of this number; empty if they can");
+    module.attr("GAN_LOSS_WORKSPACE_BYTES") = cuda::gan_loss_workspace_bytes;
+#endif
+    module.def("build_info", build_info,
+               "version, compiler, cpu_isas and cuda architectures this module was built with");
+    module.def(
+        "environment_variable", [](const char* name) { return std::getenv(name); },
+        "its value, None where it is not set");
+    module.def("selected_isa", [] { return isa_name(selected_isa()); }, "the instruction set the CPU kernels use here");
+}

@@ -1,0 +1,33 @@
+// Which instruction set the kernels use: the best that this processor and this build have, or less if the caller asks.
+#pragma once
+
+namespace ganvas::cpu {
+
+enum class Isa { portable, avx2, avx512 };
+
+// Decided once per process. The environment variable GANVAS_CPU_ISA=portable|avx2|avx512 caps it; any other value
+// throws.
+Isa selected_isa();
+
+const char* isa_name(Isa isa);
+
+}  // namespace ganvas::cpu
+
+// Kernel sources are compiled once per instruction set, each time into a namespace of its own (GANVAS_ISA names it).
+// They must not instantiate templates of the standard library: the linker keeps one copy of those, maybe the AVX-512
+// one.
+#if defined(__x86_64__)
+#define GANVAS_FOR_EACH_ISA(DECLARE) DECLARE(portable) DECLARE(avx2) DECLARE(avx512)
+#define GANVAS_DISPATCH(CALL)      \
+    switch (selected_isa()) {      \
+        case Isa::avx512:          \
+            return avx512::CALL;   \
+        case Isa::avx2:            \
+            return avx2::CALL;     \
+        default:                   \
+            return portable::CALL; \
+    }
+#else
+#define GANVAS_FOR_EACH_ISA(DECLARE) DECLARE(portable)
+#define GANVAS_DISPATCH(CALL) return portable::CALL;
+#endif

@@ -1,0 +1,51 @@
+#include "parallel.h"
+
+#include <pthread.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+
+namespace ganvas::cpu {
+namespace {
+
+std::atomic<bool> in_forked_child{false};
+const int registered = pthread_atfork(nullptr, nullptr, [] { in_forked_child = true; });
+
+constexpr std::int64_t always_mapped = 32 << 20;      // glibc's upper bound of M_MMAP_THRESHOLD
+constexpr std::int64_t bytes_per_thread = 192 << 10;  // some 10 µs of work: less is not worth waking a thread for
+
+}  // namespace
+
+int team_size(std::int64_t bytes_touched, int threads) {
+    if (in_forked_child) return 1;
+    return static_cast<int>(std::clamp<std::int64_t>(bytes_touched / bytes_per_thread, 1, std::max(threads, 1)));
+}
+
+std::int64_t cache_bytes() {
+    static const std::int64_t bytes = [] {
+        std::int64_t found = 0;
+#if defined(_SC_LEVEL3_CACHE_SIZE)
+        found = std::max<std::int64_t>(sysconf(_SC_LEVEL3_CACHE_SIZE), sysconf(_SC_LEVEL2_CACHE_SIZE));
+#endif
+        return std::max<std::int64_t>(found, 4 << 20);
+    }();
+    return bytes;
+}
+
+void expect_first_touch(void* begin, std::int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+    if (bytes < always_mapped) return;
+    const auto page = static_cast<std::uintptr_t>(sysconf(_SC_PAGESIZE));
+    const std::uintptr_t first = (reinterpret_cast<std::uintptr_t>(begin) + page - 1) / page * page;
+    const std::uintptr_t last =
+        (reinterpret_cast<std::uintptr_t>(begin) + static_cast<std::uintptr_t>(bytes)) / page * page;
+    // Advice only: where the system has no such pages the call fails and nothing is lost.
+    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+    static_cast<void>(begin), static_cast<void>(bytes);
+#endif
+}
+
+}  // namespace ganvas::cpu

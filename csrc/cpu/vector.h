@@ -1,0 +1,87 @@
+// Vectors as wide as the target's registers, written once for every instruction set. Included by kernel sources only.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "statistics.h"
+#include "storage.h"
+
+namespace ganvas::cpu::GANVAS_ISA {
+
+#if defined(__AVX512F__)
+constexpr int lanes = 16;
+#elif defined(__AVX__)
+constexpr int lanes = 8;
+#else
+constexpr int lanes = 4;
+#endif
+
+typedef float Vector __attribute__((vector_size(lanes * 4)));
+typedef std::uint32_t VectorBits __attribute__((vector_size(lanes * 4)));
+typedef std::uint16_t VectorHalves __attribute__((vector_size(lanes * 2)));
+
+inline Vector broadcast(float value) {
+    return value - Vector{};
+}
+
+inline Vector load_vector(const float* source) {
+    Vector result;
+    std::memcpy(&result, source, sizeof result);
+    return result;
+}
+
+inline Vector load_vector(const bfloat16* source) {
+    VectorHalves halves;
+    std::memcpy(&halves, source, sizeof halves);
+    const VectorBits bits = __builtin_convertvector(halves, VectorBits) << 16;
+    Vector result;
+    std::memcpy(&result, &bits, sizeof result);
+    return result;
+}
+
+inline void store_vector(float* destination, Vector value) {
+    std::memcpy(destination, &value, sizeof value);
+}
+
+// Rounds as store(bfloat16*) does.
+inline void store_vector(bfloat16* destination, Vector value) {
+    VectorBits bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    bits = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+    bits = value != value ? VectorBits{} + 0x7FC0u : bits;
+    const VectorHalves halves = __builtin_convertvector(bits, VectorHalves);
+    std::memcpy(destination, &halves, sizeof halves);
+}
+
+// The first `count` lanes; zero in the others, whose memory is not touched.
+template <class T>
+inline Vector load_lanes(const T* source, Index count) {
+    if (count >= lanes) return load_vector(source);
+    Vector result{};
+    for (Index lane = 0; lane < count; ++lane) result[lane] = load(source[lane]);
+    return result;
+}
+
+template <class T>
+inline void store_lanes(T* destination, Vector value, Index count) {
+    if (count >= lanes) return store_vector(destination, value);
+    for (Index lane = 0; lane < count; ++lane) store(destination + lane, value[lane]);
+}
+
+inline Vector leaky_relu(Vector x, Leaky leaky) {
+    const Vector bounded = x < leaky.lowest ? broadcast(leaky.lowest) : x;
+    return x > 0.0f ? x : bounded * leaky.slope;
+}
+
+// What a pending activation stands for (PendingActivation in convolution.h).
+template <bool activation_first>
+[[gnu::always_inline]] inline Vector pending_activation(Vector y, Vector scale, Vector shift, Leaky leaky) {
+    return activation_first ? scale * leaky_relu(y, leaky) + shift : leaky_relu(scale * y + shift, leaky);
+}
+
+inline Vector leaky_relu_grad(Vector incoming, Vector x, Leaky leaky) {
+    return x > 0.0f ? incoming : incoming * leaky.slope;
+}
+
+}  // namespace ganvas::cpu::GANVAS_ISA

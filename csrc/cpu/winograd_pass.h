@@ -1,0 +1,330 @@
+// A convolution from pixels to pixels, whichever its direction. Of each tile and channel the input transform makes
+// points² numbers, one per frequency; then every frequency is a matrix product of its own,
+//
+//   M[f][tile][n] = Σ_k V[f][tile][k]·U[f][k][n],
+//
+// and the output transform makes pixels of M. The pending activation is applied as the input is loaded, statistics are
+// taken as the output is stored. Included by kernel sources only.
+#pragma once
+
+#include <omp.h>
+
+#include "parallel.h"
+#include "winograd_output.h"
+#include "winograd_weight.h"
+#include "workspace.h"
+
+namespace ganvas::cpu::GANVAS_ISA {
+
+constexpr Index channel_slice = 64;             // terms of a sum that are added up in one chain
+constexpr Index block_columns = 64;             // output channels of a block
+constexpr Index block_input_bytes = 384 << 10;  // of the transformed input of a block
+constexpr Index block_tiles_least = 24;
+constexpr Index block_tiles_most = 48;
+constexpr Index wave_weight_bytes = 8 << 20;    // of a phase's transformed weight: from here on waves are faster
+constexpr Index wave_output_bytes = 384 << 10;  // of the products that a thread has in its cache
+
+// What one output phase is made of: where the first tap of its first output reads, and the taps.
+struct Phase {
+    Pixel origin;
+    Pixel pixel;  // of the destination
+    const float* weight;
+};
+
+// How a convolution goes from one map to another, whichever of them is its input.
+struct Walk {
+    Taps taps;
+    Index phase_count;
+    Phase phases[4];  // of the destination
+
+    Index step() const { return phase_count == 1 ? 1 : 2; }
+};
+
+struct Pass {
+    Source source;
+    Destination destination;
+    Walk walk;
+    Index groups;
+    Dtype dtype;
+    Output kind;
+};
+
+// The sums that write_block keeps of each part: one output phase of one block.
+struct Parts {
+    const Pass& pass;
+    const Tiles& tiles;
+    const Blocks& blocks;
+    double* sums;  // [G, per_group, 2, channels]
+
+    static std::size_t bytes(const Pass& pass, const Blocks& blocks) {
+        return static_cast<std::size_t>(blocks.count * pass.walk.phase_count * 2 * pass.destination.channels) *
+               sizeof(double);
+    }
+    Index per_group() const { return blocks.per_group * pass.walk.phase_count; }
+    double* of(Index block, Index phase) const {
+        return sums + (block * pass.walk.phase_count + phase) * 2 * pass.destination.channels;
+    }
+    double* of_group(Index group) const { return of(group * blocks.per_group, 0); }
+    double pixels(Index part) const {
+        const Index block = part / pass.walk.phase_count;
+        const Map map = pass.destination.phase_map(pass.walk.phases[part % pass.walk.phase_count].pixel);
+        Index result = 0;
+        for (Index s = blocks.first(block); s < blocks.last(block); ++s) {
+            const Segment segment = tiles.segment(s);
+            const Index columns = smaller(segment.tiles * tile, larger(0, map.width - segment.column * tile));
+            result += inside(map.height, segment.row) * columns;
+        }
+        return static_cast<double>(result);
+    }
+};
+
+// M[f] = V[f]·U[f], or M[f] += if k > 0, for `count` tiles, `depth` numbers k of each and `width` columns.
+inline void multiply(const Transformed& v, const Transformed& m, Index f, Index count, Index k, Index depth,
+                     const float* u, Index width, Index column) {
+    const Product p{v.at(0, k) + f * v.frequency,      v.width, 1,    u, width,
+                    m.at(0, column) + f * m.frequency, m.width, depth};
+    k > 0 ? product<true>(p, count, width, channel_slice) : product<false>(p, count, width, channel_slice);
+}
+
+// A thread's share of the channels of every group: sums of the group's first part become those of all its parts.
+template <class Finish>
+void finish_slice(const Parts& parts, Finish finish, Index thread, Index team) {
+    const Index channels = parts.pass.destination.channels;
+    for (Index group = 0; group < parts.pass.groups; ++group)
+        finish(parts, group, channels * thread / team, channels * (thread + 1) / team);
+}
+
+// Each thread takes a block of tiles through transform, products and inverse transform while it lies in its cache. The
+// transformed weight is made first and shared.
+template <int taps, int step, class Finish>
+void run_blocks(const Pass& pass, const Tiles& tiles, const Blocks& blocks, int threads, Finish finish) {
+    constexpr Index frequencies = points_of<taps> * points_of<taps>;
+    const Destination& to = pass.destination;
+    const Index depth = depth_of<step>(pass.walk.taps), columns = whole_vectors(to.channels);
+    // Parts of the output's channels, where blocks are too few to go round.
+    const Index panels = ceiling(columns, tile_columns), phased_blocks = blocks.count * pass.walk.phase_count;
+    const Index splits = smaller(panels, ceiling(2 * threads, phased_blocks));
+    const Index split_columns = ceiling(panels, splits) * tile_columns;
+
+    Transformed v(frequencies, blocks.room(tiles), depth);
+    Transformed m(frequencies, blocks.room(tiles), smaller(block_columns, split_columns));
+    const Index u_frequency = depth * columns + stagger, u_phase = frequencies * u_frequency;
+    const std::size_t u_bytes = static_cast<std::size_t>(pass.walk.phase_count * u_phase) * sizeof(float);
+    const std::size_t sum_bytes = Parts::bytes(pass, blocks);
+    const std::size_t room = Workspace::padded(v.bytes()) + Workspace::padded(m.bytes());
+    Workspace workspace(Workspace::padded(u_bytes) + Workspace::padded(sum_bytes) +
+                        room * static_cast<std::size_t>(threads));
+    float* const u = static_cast<float*>(workspace.take(u_bytes));
+    const Parts parts{pass, tiles, blocks, static_cast<double*>(workspace.take(sum_bytes))};
+    char* const scratch = static_cast<char*>(workspace.take(room * static_cast<std::size_t>(threads)));
+    const TransformSegment transform = transform_of<taps, step>(pass.dtype, activation_of(pass.source.pixels));
+    const WriteBlock write = write_of<taps>(pass.dtype, pass.kind);
+
+#pragma omp parallel num_threads(threads) firstprivate(v, m)
+    {
+        const Index thread = omp_get_thread_num(), team = omp_get_num_threads();
+        v.values = reinterpret_cast<float*>(scratch + static_cast<std::size_t>(thread) * room);
+        m.values = v.values + Workspace::padded(v.bytes()) / sizeof(float);
+        const Index begin = depth * thread / team, end = depth * (thread + 1) / team;
+        for (Index phase = 0; phase < pass.walk.phase_count; ++phase)
+            for (Index panel = 0; panel < columns; panel += tile_columns) {
+                const Index width = smaller(tile_columns, columns - panel);
+                transform_weight<taps, step>(pass.walk.taps, pass.walk.phases[phase].weight, begin, end, panel, width,
+                                             u + phase * u_phase + panel * depth + begin * width, u_frequency);
+            }
+#pragma omp barrier
+#pragma omp for schedule(dynamic, 1)
+        for (Index item = 0; item < phased_blocks * splits; ++item) {
+            const Index split = item % splits, part = item / splits;
+            const Index block = part / pass.walk.phase_count, number = part % pass.walk.phase_count;
+            const Phase& phase = pass.walk.phases[number];
+            const Index first = blocks.first(block), last = blocks.last(block), origin = tiles.before(first);
+            for (Index s = first; s < last; ++s)
+                transform(pass.source, phase.origin, tiles.segment(s), v, tiles.before(s) - origin);
+            const Index split_end = smaller(columns, (split + 1) * split_columns);
+            for (Index from = split * split_columns; from < split_end; from += m.width) {
+                const Index until = smaller(split_end, from + m.width);
+                for (Index f = 0; f < frequencies; ++f)
+                    for (Index panel = from; panel < until; panel += tile_columns) {
+                        const Index width = smaller(tile_columns, until - panel);
+                        const float* right = u + number * u_phase + f * u_frequency + panel * depth;
+                        for (Index k = 0; k < depth; k += v.width)
+                            multiply(v, m, f, tiles.before(last) - origin, k, smaller(v.width, depth - k),
+                                     right + k * width, width, panel - from);
+                    }
+                write(to, phase.pixel, tiles, first, last, from, smaller(until, to.channels), m, 0,
+                      parts.of(block, number));
+            }
+        }
+        finish_slice(parts, finish, thread, team);
+    }
+}
+
+// Few tiles and many channels: the weight is larger than everything else. All threads transform the tiles of some
+// blocks; then each takes columns of the weight, transforms them piece by piece, and uses each piece for all the tiles
+// while it lies in the cache.
+template <int taps, int step, class Finish>
+void run_waves(const Pass& pass, const Tiles& tiles, const Blocks& blocks, int threads, Finish finish) {
+    constexpr Index frequencies = points_of<taps> * points_of<taps>;
+    const Destination& to = pass.destination;
+    const Index depth = depth_of<step>(pass.walk.taps), columns = whole_vectors(to.channels);
+    const Index wave_tiles = wave_output_bytes / (frequencies * tile_columns * static_cast<Index>(sizeof(float)));
+    const Index waves = ceiling(blocks.count, larger(1, wave_tiles / blocks.room(tiles)));
+    const Index wave = ceiling(blocks.count, waves), room = wave * blocks.room(tiles);
+
+    Transformed v(frequencies, room, depth), m(frequencies, room, tile_columns);
+    const Index u_frequency = v.width * tile_columns + stagger;
+    const std::size_t u_bytes = static_cast<std::size_t>(frequencies * u_frequency) * sizeof(float);
+    const std::size_t v_bytes = Workspace::padded(v.bytes()) * static_cast<std::size_t>(pass.walk.phase_count);
+    const std::size_t sum_bytes = Parts::bytes(pass, blocks);
+    const std::size_t own = Workspace::padded(m.bytes()) + Workspace::padded(u_bytes);
+    Workspace workspace(v_bytes + Workspace::padded(sum_bytes) + own * static_cast<std::size_t>(threads));
+    char* const inputs = static_cast<char*>(workspace.take(v_bytes));
+    const Parts parts{pass, tiles, blocks, static_cast<double*>(workspace.take(sum_bytes))};
+    char* const scratch = static_cast<char*>(workspace.take(own * static_cast<std::size_t>(threads)));
+    const TransformSegment transform = transform_of<taps, step>(pass.dtype, activation_of(pass.source.pixels));
+    const WriteBlock write = write_of<taps>(pass.dtype, pass.kind);
+    const auto input_of = [&](Index phase) {
+        Transformed result = v;
+        result.values =
+            reinterpret_cast<float*>(inputs + Workspace::padded(v.bytes()) * static_cast<std::size_t>(phase));
+        return result;
+    };
+    const Index panels = ceiling(columns, tile_columns);
+
+#pragma omp parallel num_threads(threads) firstprivate(m)
+    {
+        const Index thread = omp_get_thread_num(), team = omp_get_num_threads();
+        m.values = reinterpret_cast<float*>(scratch + static_cast<std::size_t>(thread) * own);
+        float* const u = m.values + Workspace::padded(m.bytes()) / sizeof(float);
+        for (Index block = 0; block < blocks.count; block += wave) {
+            const Index block_end = smaller(blocks.count, block + wave);
+            const Index first = blocks.first(block), last = blocks.last(block_end - 1), origin = tiles.before(first);
+#pragma omp for schedule(static)
+            for (Index item = 0; item < (last - first) * pass.walk.phase_count; ++item) {
+                const Index s = first + item / pass.walk.phase_count, phase = item % pass.walk.phase_count;
+                transform(pass.source, pass.walk.phases[phase].origin, tiles.segment(s), input_of(phase),
+                          tiles.before(s) - origin);
+            }
+#pragma omp for schedule(dynamic, 1)
+            for (Index item = 0; item < pass.walk.phase_count * panels; ++item) {
+                const Index number = item / panels, panel = item % panels * tile_columns;
+                const Phase& phase = pass.walk.phases[number];
+                const Index width = smaller(tile_columns, columns - panel);
+                const Transformed left = input_of(number);
+                for (Index k = 0; k < depth; k += v.width) {
+                    const Index end = smaller(depth, k + v.width);
+                    transform_weight<taps, step>(pass.walk.taps, phase.weight, k, end, panel, width, u, u_frequency);
+                    for (Index f = 0; f < frequencies; ++f)
+                        multiply(left, m, f, tiles.before(last) - origin, k, end - k, u + f * u_frequency, width, 0);
+                }
+                for (Index b = block; b < block_end; ++b)
+                    write(to, phase.pixel, tiles, blocks.first(b), blocks.last(b), panel,
+                          smaller(panel + width, to.channels), m, tiles.before(blocks.first(b)) - origin,
+                          parts.of(b, number));
+            }
+        }
+        finish_slice(parts, finish, thread, team);
+    }
+}
+
+// Runs a pass of `images`, then calls finish(parts, group, begin, end) for slices of the channels.
+template <int taps, int step, class Finish>
+void run(const Pass& pass, Index images, int threads, Finish finish) {
+    constexpr Index frequencies = points_of<taps> * points_of<taps>;
+    const Destination& to = pass.destination;
+    const Tiles tiles(images, ceiling(to.height, to.step), ceiling(to.width, to.step));
+    const Index depth = depth_of<step>(pass.walk.taps), columns = whole_vectors(to.channels);
+    const Index all = tiles.before(tiles.segments);
+    const Index weight_bytes = frequencies * depth * columns * 4;
+    if (weight_bytes >= wave_weight_bytes)
+        return run_waves<taps, step>(pass, tiles, Blocks(tiles, pass.groups, block_tiles_most), threads, finish);
+    // Small maps: enough blocks that each thread gets some, before the tiles become too few for the products.
+    const Index cached = clamped(block_input_bytes / (frequencies * 4 * depth), block_tiles_least, block_tiles_most);
+    const Index target = larger(block_tiles_least, smaller(cached, ceiling(all * pass.walk.phase_count, 2 * threads)));
+    run_blocks<taps, step>(pass, tiles, Blocks(tiles, pass.groups, target), threads, finish);
+}
+
+inline void finish_statistics(const OutputStatistics& s, const Parts& parts, Index group, Index begin, Index end) {
+    const Index channels = parts.pass.destination.channels, first = group * parts.per_group();
+    double* const mean = parts.of_group(group);
+    double* const deviation = mean + channels;
+    double count = parts.pixels(first);
+    for (Index part = 1; part < parts.per_group(); ++part) {
+        const double pixels = parts.pixels(first + part);
+        const double* other = mean + part * 2 * channels;
+        const Join join(count, pixels);
+        for (Index c = begin; c < end; ++c) join(mean[c], deviation[c], other[c], other[channels + c]);
+        count += pixels;
+    }
+    for (Index c = begin; c < end; ++c) {
+        const Index at = group * channels + c;
+        s.mean[at] = static_cast<float>(mean[c]);
+        s.var[at] = static_cast<float>(deviation[c] / count);
+        if (s.running_mean) {
+            move(s.running_mean[c], mean[c], s.momentum);
+            move(s.running_var[c], deviation[c] / (count > 1 ? count - 1 : 1), s.momentum);
+        }
+        s.scale[at] = (s.weight ? s.weight[c] : 1.0f) * inverse_deviation(s.var[at], s.eps);
+        s.shift[at] = (s.bias ? s.bias[c] : 0.0f) - s.mean[at] * s.scale[at];
+    }
+}
+
+inline void finish_sums(const ConvolutionBackwardInput& args, const Parts& parts, Index group, Index begin, Index end) {
+    const Index channels = parts.pass.destination.channels;
+    double* const sum = parts.of_group(group);
+    double* const sum_deviation = sum + channels;
+    for (Index part = 1; part < parts.per_group(); ++part) {
+        const double* other = sum + part * 2 * channels;
+        for (Index c = begin; c < end; ++c) sum[c] += other[c], sum_deviation[c] += other[channels + c];
+    }
+    for (Index c = begin; c < end; ++c) {
+        args.sum[group * channels + c] = static_cast<float>(sum[c]);
+        if (args.sum_deviation) args.sum_deviation[group * channels + c] = static_cast<float>(sum_deviation[c]);
+    }
+}
+
+template <int taps, int step>
+void forward(const ConvolutionForward& args, const Walk& walk, int threads) {
+    const ConvolutionShape& s = args.shape;
+    const Index images = s.batch / s.groups;
+    const OutputStatistics& statistics = args.statistics;
+    Pass pass{{args.input, s.height, s.width, s.in_channels, images},
+              {args.output,
+               s.out_height,
+               s.out_width,
+               s.out_channels,
+               images,
+               walk.step(),
+               args.bias,
+               {},
+               nullptr,
+               statistics.negative_slope},
+              walk,
+              s.groups,
+              s.dtype,
+              Output::plain};
+    if (statistics.scale) pass.kind = statistics.activation_first ? Output::activation_statistics : Output::statistics;
+    run<taps, step>(pass, s.batch, threads, [&](const Parts& parts, Index group, Index begin, Index end) {
+        if (statistics.scale) finish_statistics(statistics, parts, group, begin, end);
+    });
+}
+
+template <int taps, int step>
+void backward_input(const ConvolutionBackwardInput& args, const Walk& walk, int threads) {
+    const ConvolutionShape& s = args.shape;
+    const Index images = s.batch / s.groups;
+    Pass pass{
+        {written(args.grad_output), s.out_height, s.out_width, s.out_channels, images},
+        {args.grad_input, s.height, s.width, s.in_channels, images, walk.step(), nullptr, args.input, args.mean, 1.0f},
+        walk,
+        s.groups,
+        s.dtype,
+        Output::plain};
+    if (args.input.scale) pass.kind = args.input.activation_first ? Output::kink_affine : Output::affine_kink;
+    run<taps, step>(pass, s.batch, threads, [&](const Parts& parts, Index group, Index begin, Index end) {
+        if (args.input.scale && args.sum) finish_sums(args, parts, group, begin, end);
+    });
+}
+
+}  // namespace ganvas::cpu::GANVAS_ISA

@@ -1,0 +1,333 @@
+"""Types of the native module (csrc/bindings.cpp). Addresses are integers, 0 where an optional array is left out."""
+
+from collections.abc import Sequence
+from enum import Enum
+from typing import TypedDict
+
+GAN_LOSS_WORKSPACE_BYTES: int
+
+class Dtype(Enum):
+    float32 = ...
+    bfloat16 = ...
+    float16 = ...
+
+class GanLoss(Enum):
+    bce = ...
+    non_saturating = ...
+    lsgan = ...
+    hinge = ...
+    wgan = ...
+    relativistic = ...
+
+class BuildInfo(TypedDict):
+    version: str
+    compiler: str
+    cpu_isas: list[str]
+    cuda: str
+
+def batch_norm_leaky_relu_forward(
+    dtype: Dtype,
+    rows: int,
+    channels: int,
+    groups: int,
+    eps: float,
+    negative_slope: float,
+    activation_first: bool,
+    training: bool,
+    input: int,
+    weight: int,
+    bias: int,
+    mean: int,
+    var: int,
+    running_mean: int,
+    running_var: int,
+    momentum: float,
+    output: int,
+    threads: int,
+    /,
+) -> None: ...
+def batch_norm_leaky_relu_backward(
+    dtype: Dtype,
+    rows: int,
+    channels: int,
+    groups: int,
+    eps: float,
+    negative_slope: float,
+    activation_first: bool,
+    training: bool,
+    grad_output: int,
+    input: int,
+    weight: int,
+    bias: int,
+    mean: int,
+    var: int,
+    grad_input: int,
+    grad_weight: int,
+    grad_bias: int,
+    threads: int,
+    /,
+) -> None: ...
+def batch_norm_add_leaky_relu_forward(
+    dtype: Dtype,
+    rows: int,
+    channels: int,
+    groups: int,
+    eps: float,
+    negative_slope: float,
+    training: bool,
+    input: int,
+    weight: int,
+    bias: int,
+    mean: int,
+    var: int,
+    running_mean: int,
+    running_var: int,
+    momentum: float,
+    residual: int,
+    output: int,
+    threads: int,
+    /,
+) -> None: ...
+def batch_norm_add_leaky_relu_backward(
+    dtype: Dtype,
+    rows: int,
+    channels: int,
+    groups: int,
+    eps: float,
+    negative_slope: float,
+    training: bool,
+    grad_output: int,
+    output: int,
+    input: int,
+    weight: int,
+    bias: int,
+    mean: int,
+    var: int,
+    grad_input: int,
+    grad_weight: int,
+    grad_bias: int,
+    grad_residual: int,
+    threads: int,
+    /,
+) -> None: ...
+def winograd_forward(
+    dtype: Dtype,
+    input_shape: Sequence[int],
+    out_channels: int,
+    padding: int,
+    groups: int,
+    input: int,
+    scale: int,
+    shift: int,
+    negative_slope: float,
+    activation_first: bool,
+    weight: int,
+    weight_strides: Sequence[int],
+    bias: int,
+    output: int,
+    threads: int,
+    /,
+) -> None: ...
+def winograd_forward_statistics(
+    dtype: Dtype,
+    input_shape: Sequence[int],
+    out_channels: int,
+    padding: int,
+    groups: int,
+    input: int,
+    scale: int,
+    shift: int,
+    negative_slope: float,
+    activation_first: bool,
+    weight: int,
+    weight_strides: Sequence[int],
+    bias: int,
+    output: int,
+    bn_weight: int,
+    bn_bias: int,
+    eps: float,
+    bn_activation_first: bool,
+    bn_negative_slope: float,
+    running_mean: int,
+    running_var: int,
+    momentum: float,
+    mean: int,
+    var: int,
+    bn_scale: int,
+    bn_shift: int,
+    threads: int,
+    /,
+) -> None: ...
+def winograd_backward_input(
+    dtype: Dtype,
+    input_shape: Sequence[int],
+    out_channels: int,
+    padding: int,
+    groups: int,
+    grad_output: int,
+    weight: int,
+    weight_strides: Sequence[int],
+    input: int,
+    scale: int,
+    shift: int,
+    negative_slope: float,
+    activation_first: bool,
+    mean: int,
+    grad_input: int,
+    sum: int,
+    sum_deviation: int,
+    threads: int,
+    /,
+) -> None: ...
+def winograd_backward_weight(
+    dtype: Dtype,
+    input_shape: Sequence[int],
+    out_channels: int,
+    padding: int,
+    groups: int,
+    input: int,
+    scale: int,
+    shift: int,
+    negative_slope: float,
+    activation_first: bool,
+    grad_output: int,
+    grad_weight: int,
+    weight_strides: Sequence[int],
+    threads: int,
+    /,
+) -> None: ...
+
+# 4×4 kernels of stride 2 and their transposes take the same arguments. Strides of a weight are those of the output's
+# channels, the input's, rows and columns, whatever their order in the tensor.
+winograd_stride2_forward = winograd_forward
+winograd_stride2_forward_statistics = winograd_forward_statistics
+winograd_stride2_backward_input = winograd_backward_input
+winograd_stride2_backward_weight = winograd_backward_weight
+winograd_stride2_transposed_forward = winograd_forward
+winograd_stride2_transposed_forward_statistics = winograd_forward_statistics
+winograd_stride2_transposed_backward_input = winograd_backward_input
+winograd_stride2_transposed_backward_weight = winograd_backward_weight
+
+def max_pool_forward(
+    dtype: Dtype,
+    input_shape: Sequence[int],
+    groups: int,
+    input: int,
+    scale: int,
+    shift: int,
+    negative_slope: float,
+    activation_first: bool,
+    output: int,
+    index: int,
+    threads: int,
+    /,
+) -> None: ...
+def max_pool_backward(
+    dtype: Dtype,
+    input_shape: Sequence[int],
+    groups: int,
+    input: int,
+    scale: int,
+    shift: int,
+    negative_slope: float,
+    activation_first: bool,
+    grad_output: int,
+    index: int,
+    training: bool,
+    eps: float,
+    weight: int,
+    mean: int,
+    var: int,
+    grad_input: int,
+    grad_weight: int,
+    grad_bias: int,
+    threads: int,
+    /,
+) -> None: ...
+def settle_pending_gradient(
+    dtype: Dtype,
+    rows: int,
+    channels: int,
+    groups: int,
+    eps: float,
+    negative_slope: float,
+    activation_first: bool,
+    training: bool,
+    grad: int,
+    stored: int,
+    weight: int,
+    mean: int,
+    var: int,
+    sum: int,
+    sum_deviation: int,
+    grad_weight: int,
+    grad_bias: int,
+    threads: int,
+    /,
+) -> None: ...
+def workspace_bytes_held() -> int: ...
+def release_workspace() -> None: ...
+def discriminator_loss(
+    dtype: Dtype,
+    kind: GanLoss,
+    label_smoothing: float,
+    real: int,
+    real_count: int,
+    fake: int,
+    fake_count: int,
+    grad_real: int,
+    grad_fake: int,
+    loss: int,
+    metrics: int,
+    threads: int,
+    /,
+) -> None: ...
+def generator_loss(
+    dtype: Dtype,
+    kind: GanLoss,
+    fake: int,
+    real: int,
+    count: int,
+    grad_fake: int,
+    grad_real: int,
+    loss: int,
+    threads: int,
+    /,
+) -> None: ...
+
+# The CUDA entry points are there only in a build with nvcc; `workspace` holds GAN_LOSS_WORKSPACE_BYTES.
+def discriminator_loss_cuda(
+    dtype: Dtype,
+    kind: GanLoss,
+    label_smoothing: float,
+    real: int,
+    real_count: int,
+    fake: int,
+    fake_count: int,
+    grad_real: int,
+    grad_fake: int,
+    loss: int,
+    metrics: int,
+    workspace: int,
+    device: int,
+    stream: int,
+    /,
+) -> None: ...
+def generator_loss_cuda(
+    dtype: Dtype,
+    kind: GanLoss,
+    fake: int,
+    real: int,
+    count: int,
+    grad_fake: int,
+    grad_real: int,
+    loss: int,
+    workspace: int,
+    device: int,
+    stream: int,
+    /,
+) -> None: ...
+def cuda_refusal(device: int, /) -> str: ...
+def build_info() -> BuildInfo: ...
+def environment_variable(name: str, /) -> str | None: ...
+def selected_isa() -> str: ...

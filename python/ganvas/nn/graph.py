@@ -1,0 +1,275 @@
+"""Rewrites a traced forward so that its runs of layers execute as one operation each.
+
+Runs are the same as among a Sequential's children (:mod:`ganvas.nn.plan`), and two more things can be part of them:
+activations called as functions (``F.relu``, ``x.relu_()``), and the addition of a residual to a norm's output. Runs
+that follow each other directly, the output of one read by the next and by nothing else, become one step, a ``Line``.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from ganvas.nn.line import execute
+from ganvas.nn.run import ACTIVATIONS, NORMS, PRODUCERS, Run, breaks_on_channels_last
+from ganvas.nn.tracing import IN_PLACE_OPERATORS, Trace, has_hooks
+
+
+@dataclass(frozen=True, eq=False)
+class Line:
+    """Neighbouring runs: nothing but the next one reads what a run puts out."""
+
+    runs: tuple[Run, ...]
+
+    __name__ = "fused"  # under which it appears in the generated code
+
+    def __call__(self, input: Tensor, *residuals: Tensor | None) -> Tensor:
+        return execute(self.runs, input, 1, residuals)
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """The nodes of the traced graph that are one run."""
+
+    nodes: tuple[fx.Node, ...]
+    run: Run
+    addition: fx.Node | None
+    """The one among the nodes that adds a residual."""
+    names: tuple[str, ...]
+    """Of the modules among the layers, as seen from the traced one."""
+    types: tuple[str, ...]
+    """What the nodes are: types of modules, names of functions."""
+
+    @property
+    def input(self) -> fx.Node:
+        """What the first node reads."""
+        return self.nodes[0].args[0]  # type: ignore[return-value]
+
+    @property
+    def residual(self) -> fx.Node | None:
+        """What is added to the norm's output."""
+        if self.addition is None:
+            return None
+        return next(operand for operand in self.addition.args if operand not in self.nodes)  # type: ignore[return-value]
+
+
+@dataclass(frozen=True, eq=False)
+class FusedForward:
+    """``function(module, *arguments)`` does what the module's forward does."""
+
+    function: Callable[..., Any]
+    source: str
+    lines: tuple[Line, ...]
+    groups: tuple[Group, ...]
+    disturbed: tuple[Group, ...]
+    """Layers that would be a run, if nothing ran between them that may write to what they read."""
+
+    @property
+    def channels_last(self) -> bool:
+        """Whether 4-D inputs are converted to channels_last, where native kernels run."""
+        return any(group.run.channels_last for group in self.groups)
+
+
+def fuse(module: nn.Module, trace: Trace) -> FusedForward:
+    """Rewrites ``trace``'s graph in place and generates its code."""
+    graph = trace.graph
+    layers = {node: layer for node in graph.nodes if (layer := _layer(node, module)) is not None}
+    position = {node: i for i, node in enumerate(graph.nodes)}
+    groups = [group for chain in _chains(graph.nodes, layers) for group in _groups(chain, layers)]
+    of_node = {node: group for group in groups for node in group.nodes}
+
+    def undisturbed(members: Iterable[Group]) -> bool:
+        """Whether executing the members where the last one's result is due changes nothing for anybody."""
+        nodes = {node for group in members for node in group.nodes}
+        norms = {layers[node].module for node in nodes if layers[node].letter == "N"}
+        first, last = min(map(position.__getitem__, nodes)), max(map(position.__getitem__, nodes))
+        between = [node for node, i in position.items() if first < i < last and node not in nodes]
+        return not any(_disturbs(node, module, norms, of_node.get(node)) for node in between)
+
+    groups.sort(key=lambda group: position[group.nodes[-1]])
+    disturbed = tuple(group for group in groups if not undisturbed([group]))
+    groups = [group for group in groups if group not in disturbed]
+    lines = [_replace(graph, members) for members in _lines(groups, undisturbed)]
+    _call_on_contiguous(graph, module)
+    code = graph.python_code("self")
+    namespace = dict(code.globals)
+    exec(compile(code.src, f"<fused forward of {type(module).__name__}>", "exec"), namespace)
+    return FusedForward(namespace["forward"], code.src, tuple(lines), tuple(groups), disturbed)
+
+
+@dataclass(frozen=True, eq=False)
+class _Layer:
+    """What a node is in a run: one letter as in :mod:`ganvas.nn.plan`, and ``+`` for an addition."""
+
+    letter: str
+    type: str
+    module: nn.Module | None = None
+    """Also of an activation that is called as a function: a module that does the same."""
+
+
+# In C-A-N-A the second activation goes with the norm, the first with the convolution, over whose output it is written.
+# A leading in-place activation writes over a tensor from outside, which a fused run would leave as it is: not fused.
+_RUN = re.compile(r"C?N\+[Aa]?|C?N[Aa]|C[Aa]N(?![Aa+])|AN(?![Aa+])|C?N|C[Aa]")
+
+# torch's own signatures, to the module that does the same
+_ACTIVATION_FUNCTIONS: dict[Any, Callable[..., nn.Module]] = {
+    F.relu: lambda input, inplace=False: nn.ReLU(inplace),
+    torch.relu: lambda input: nn.ReLU(),
+    torch.relu_: lambda input: nn.ReLU(True),
+    F.leaky_relu: lambda input, negative_slope=0.01, inplace=False: nn.LeakyReLU(negative_slope, inplace),
+    F.leaky_relu_: lambda input, negative_slope=0.01: nn.LeakyReLU(negative_slope, True),
+    "relu": lambda input: nn.ReLU(),
+    "relu_": lambda input: nn.ReLU(True),
+}
+_ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
+_IN_PLACE_ADDITIONS = (operator.iadd, "add_")
+
+
+def _layer(node: fx.Node, root: nn.Module) -> _Layer | None:
+    if node.op == "call_module":
+        return _module_layer(node, root.get_submodule(str(node.target)))
+    if node.op not in ("call_function", "call_method"):
+        return None
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if not node.args or not isinstance(node.args[0], fx.Node):
+        return None
+    if node.target in _ACTIVATION_FUNCTIONS:
+        activation = _ACTIVATION_FUNCTIONS[node.target](*node.args, **node.kwargs)
+        if isinstance(getattr(activation, "negative_slope", 0.0), fx.Node):
+            return None
+        return _Layer("a" if activation.inplace else "A", str(name), activation)  # type: ignore[arg-type]
+    if node.target in _ADDITIONS and not node.kwargs and len(node.args) == 2:
+        first, second = node.args
+        if isinstance(second, fx.Node) and first is not second:
+            return _Layer("+", "add")
+    return None
+
+
+def _module_layer(node: fx.Node, module: nn.Module) -> _Layer | None:
+    if len(node.args) != 1 or node.kwargs:
+        return None
+    kind = type(module)
+    if kind in PRODUCERS:
+        return _Layer("C", kind.__name__, module)
+    if kind in NORMS:
+        return _Layer("N", kind.__name__, module)
+    if kind in ACTIVATIONS:
+        return _Layer("a" if module.inplace else "A", kind.__name__, module)  # type: ignore[arg-type]
+    return None
+
+
+def _chains(nodes: Iterable[fx.Node], layers: dict[fx.Node, _Layer]) -> list[list[fx.Node]]:
+    """Layers that follow each other: each one's value is read by the next and by nothing else."""
+    chains: list[list[fx.Node]] = []
+    ending_in: dict[fx.Node, list[fx.Node]] = {}
+    for node in nodes:
+        if node not in layers:
+            continue
+        before = _main_input(node, layers)
+        if before in ending_in and len(before.users) == 1:
+            chain = ending_in.pop(before)
+        else:
+            chain = []
+            chains.append(chain)
+        chain.append(node)
+        ending_in[node] = chain
+    return chains
+
+
+def _main_input(node: fx.Node, layers: dict[fx.Node, _Layer]) -> fx.Node:
+    """The value that a layer continues; of an addition's operands the norm's output that nobody else reads."""
+    if layers[node].letter != "+":
+        return node.args[0]  # type: ignore[return-value]
+    written, other = node.args
+    candidates = (written,) if node.target in _IN_PLACE_ADDITIONS else (written, other)
+    for operand in candidates:
+        if operand in layers and layers[operand].letter == "N" and len(operand.users) == 1:  # type: ignore[index,union-attr]
+            return operand  # type: ignore[return-value]
+    return written  # type: ignore[return-value]
+
+
+def _groups(chain: list[fx.Node], layers: dict[fx.Node, _Layer]) -> list[Group]:
+    groups = []
+    for match in _RUN.finditer("".join(layers[node].letter for node in chain)):
+        nodes = tuple(chain[match.start() : match.end()])
+        by_letter = {layers[node].letter.upper(): node for node in nodes}
+        module_of = {letter: layers[node].module for letter, node in by_letter.items()}
+        names = tuple(str(node.target) for node in nodes if node.op == "call_module")
+        run = Run(
+            names=names,
+            modules=tuple(module for node in nodes if (module := layers[node].module) is not None),
+            producer=module_of.get("C"),
+            norm=module_of.get("N"),  # type: ignore[arg-type]
+            activation=module_of.get("A"),
+            order="conv_act_bn" if match.group().upper().endswith("AN") else "conv_bn_act",
+            channels_last="N" in {layer.letter for layer in layers.values()},
+        )
+        groups.append(Group(nodes, run, by_letter.get("+"), names, tuple(layers[node].type for node in nodes)))
+    return groups
+
+
+def _disturbs(node: fx.Node, root: nn.Module, norms: set[nn.Module | None], group: Group | None) -> bool:
+    """Whether ``node`` may write to a tensor that it did not make itself, or to the statistics of one of ``norms``."""
+    if node.op == "call_module":
+        module = root.get_submodule(str(node.target))
+        if module in norms or not _is_torchs(module) or has_hooks(module):
+            return True
+        in_place = bool(getattr(module, "inplace", False))
+    elif node.op == "call_method":
+        in_place = bool(re.search(r"[^_]_$", str(node.target)))
+    elif node.op == "call_function":
+        name, package = getattr(node.target, "__name__", ""), getattr(node.target, "__module__", None) or "torch"
+        if package.split(".")[0] not in ("torch", "_operator", "builtins", "math"):
+            return True  # marked by torch.fx.wrap
+        in_place = name.endswith("_") or node.target in IN_PLACE_OPERATORS
+        in_place = in_place or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
+    else:
+        return False
+    # Within a run what is written to is the run's own.
+    return in_place and (group is None or node is group.nodes[0])
+
+
+def _call_on_contiguous(graph: fx.Graph, root: nn.Module) -> None:
+    """Convolutions outside of the lines, which turn out channels_last values, that torch breaks on in this layout."""
+    for node in graph.nodes:
+        if node.op == "call_module" and node.args and breaks_on_channels_last(root.get_submodule(str(node.target))):
+            with graph.inserting_before(node):
+                node.update_arg(0, graph.call_method("contiguous", (node.args[0],)))
+
+
+def _is_torchs(module: nn.Module) -> bool:
+    return type(module).forward.__module__.startswith("torch.nn")
+
+
+def _lines(groups: list[Group], undisturbed: Callable[[Iterable[Group]], bool]) -> list[list[Group]]:
+    lines: list[list[Group]] = []
+    ending_in: dict[fx.Node, list[Group]] = {}
+    for group in groups:
+        line = ending_in.get(group.input)
+        if line is not None and len(group.input.users) == 1 and undisturbed([*line, group]):
+            del ending_in[group.input]
+        else:
+            line = []
+            lines.append(line)
+        line.append(group)
+        ending_in[group.nodes[-1]] = line
+    return lines
+
+
+def _replace(graph: fx.Graph, members: list[Group]) -> Line:
+    """Puts one call of a line where the last of its nodes stands."""
+    line = Line(tuple(group.run for group in members))
+    nodes = [node for group in members for node in group.nodes]
+    with graph.inserting_after(nodes[-1]):
+        call = graph.call_function(line, (members[0].input, *(group.residual for group in members)))
+    nodes[-1].replace_all_uses_with(call)
+    for node in reversed(nodes):
+        graph.erase_node(node)
+    return line

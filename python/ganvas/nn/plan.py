@@ -1,0 +1,87 @@
+"""Finds the runs among a Sequential's children."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from ganvas.nn.run import ACTIVATIONS, NORMS, PRODUCERS, Run
+
+UPSAMPLINGS = frozenset({nn.Upsample, nn.UpsamplingNearest2d})
+
+# One letter per child: U upsampling, C producer, N norm, A activation, a in-place activation, P pooling, - else.
+# In C-A-N-A the second activation goes with the norm, the first with the convolution, over whose output it is written.
+# A leading in-place activation writes over a tensor from outside, which a fused run would leave as it is: not fused.
+_RUN = re.compile("U?C(?:N[Aa]|[Aa]N(?![Aa])|N|[Aa])P?|N[Aa]|AN(?![Aa])|N")
+
+
+def find_runs(children: Mapping[str, nn.Module | None]) -> list[Run]:
+    """The fusable runs, in order, judged by the modules' exact types."""
+    names, modules = list(children), list(children.values())
+    letters = "".join(_letter(module) for module in modules)
+    channels_last = "N" in letters
+    runs = []
+    for start, end in _spans(letters):
+        by_role = {letter.upper(): module for letter, module in zip(letters[start:end], modules[start:end])}
+        runs.append(
+            Run(
+                names=tuple(names[start:end]),
+                modules=tuple(modules[start:end]),  # type: ignore[arg-type]
+                producer=by_role.get("C"),
+                norm=by_role.get("N"),  # type: ignore[arg-type]
+                activation=by_role.get("A"),
+                order="conv_act_bn" if "AN" in letters[start:end].upper() else "conv_bn_act",
+                channels_last=channels_last,
+                upsample=by_role.get("U"),
+                pool=by_role.get("P"),
+            )
+        )
+    return runs
+
+
+def plan(children: Mapping[str, nn.Module]) -> tuple[tuple[Run, ...] | nn.Module, ...]:
+    """What a FusedSequential executes: its runs, neighbouring ones together, and the other children as they are."""
+    run_of = {name: run for run in find_runs(children) for name in run.names}
+    steps: list[tuple[Run, ...] | nn.Module] = []
+    for name, module in children.items():
+        run = run_of.get(name)
+        if run is None:
+            steps.append(module)
+        elif name == run.names[0]:
+            before = steps.pop() if steps and isinstance(steps[-1], tuple) else ()
+            steps.append((*before, run))  # type: ignore[misc]
+    return tuple(steps)
+
+
+@torch.compiler.assume_constant_result  # a compiler that traces a first call cannot look into a regular expression
+def _spans(letters: str) -> tuple[tuple[int, int], ...]:
+    return tuple(match.span() for match in _RUN.finditer(letters))
+
+
+def _letter(module: nn.Module | None) -> str:
+    kind = type(module)
+    if kind in PRODUCERS:
+        return "C"
+    if kind in NORMS:
+        return "N"
+    if kind in ACTIVATIONS:
+        return "a" if module.inplace else "A"  # type: ignore[union-attr]
+    if kind in UPSAMPLINGS and _is_nearest_twofold(module):  # type: ignore[arg-type]
+        return "U"
+    if kind is nn.MaxPool2d and _is_2x2(module):  # type: ignore[arg-type]
+        return "P"
+    return "-"
+
+
+def _is_nearest_twofold(module: nn.Upsample) -> bool:
+    return module.size is None and module.mode == "nearest" and module.scale_factor in (2, (2, 2))
+
+
+def _is_2x2(pool: nn.MaxPool2d) -> bool:
+    pairs = {"kernel_size": (2, 2), "stride": (2, 2), "padding": (0, 0), "dilation": (1, 1)}
+    if pool.ceil_mode or pool.return_indices:
+        return False
+    return all(getattr(pool, name) in (pair, pair[0]) for name, pair in pairs.items())

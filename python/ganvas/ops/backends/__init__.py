@@ -1,0 +1,1 @@
+"""One folder per backend: ``reference`` (plain torch, the specification), ``cpu`` (C++) and ``cuda`` (CUDA C++)."""

@@ -1,0 +1,161 @@
+"""Activations that were never written: a convolution's raw output and the per-channel map that makes them of it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ganvas import _native as native
+from ganvas.ops.backends.cpu.arguments import address, dtype_of, empty, float32
+from ganvas.ops.backends.cpu.batch_norm_leaky_relu import add_backward as batch_norm_add_backward
+from ganvas.ops.backends.cpu.batch_norm_leaky_relu import backward as batch_norm_backward
+
+
+class Pending(NamedTuple):
+    """lrelu(scale*stored + shift), or scale*lrelu(stored) + shift where the activation comes first.
+
+    scale = γ/√(var + eps), shift = β - mean*scale, (G, C) float32 for G statistics groups. Without them it is
+    ``stored``.
+    """
+
+    stored: Tensor  # (N, C, H, W), channels_last
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    mean: Tensor | None = None
+    var: Tensor | None = None
+    weight: Tensor | None = None  # γ: (C,) float32; None: 1
+    bias: Tensor | None = None  # β
+    eps: float = 0.0
+    negative_slope: float = 1.0
+    activation_first: bool = False
+    batch_statistics: bool = False
+    normalised: bool = True
+    """False: there is no norm, scale and shift are 1 and 0."""
+
+
+def statistics(groups: int, channels: int) -> Tensor:
+    """Uninitialised (mean, var, scale, shift): four rows of (G, C), one allocation."""
+    return empty(4, groups, channels)
+
+
+def fixed(
+    stored: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,  # (C,) None: no norm
+    var: Tensor | None,
+    eps: float,
+    negative_slope: float,
+    activation_first: bool,
+    groups: int,
+) -> Pending:
+    """A pending activation whose statistics are given, or which has none."""
+    if mean is None or var is None:
+        zeros, ones = (empty(groups, stored.shape[1]).fill_(value) for value in (0.0, 1.0))
+        return Pending(
+            stored, ones, zeros, zeros, ones, negative_slope=negative_slope, activation_first=activation_first,
+            normalised=False,
+        )  # fmt: skip
+    channels = stored.shape[1]
+    return with_statistics(
+        stored, weight, bias, mean.float().expand(groups, channels).contiguous(),
+        var.float().expand(groups, channels).contiguous(), eps, negative_slope, activation_first, False,
+    )  # fmt: skip
+
+
+def with_statistics(
+    stored: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,  # (G, C) float32
+    var: Tensor,
+    eps: float,
+    negative_slope: float,
+    activation_first: bool,
+    batch_statistics: bool,
+) -> Pending:
+    """Scale and shift from statistics that another kernel took."""
+    weight, bias = float32(weight), float32(bias)
+    scale = (var.double() + eps).rsqrt().float()
+    if weight is not None:
+        scale = scale * weight
+    shift = -mean * scale if bias is None else bias - mean * scale
+    return Pending(
+        stored, scale, shift, mean, var, weight, bias, eps, negative_slope, activation_first, batch_statistics
+    )
+
+
+def activate(pending: Pending) -> Tensor:
+    """The activation itself, in one pass."""
+    stored = pending.stored
+    if pending.scale is None:
+        return stored
+    output = torch.empty_like(stored)
+    channels = stored.shape[1]
+    native.batch_norm_leaky_relu_forward(
+        dtype_of(stored), stored.numel() // channels, channels, pending.scale.shape[0], pending.eps,
+        pending.negative_slope, pending.activation_first, False, stored.data_ptr(), address(pending.weight),
+        address(pending.bias), address(pending.mean), address(pending.var), 0, 0, 0.0, output.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return output
+
+
+def activate_add(pending: Pending, residual: Tensor) -> Tensor:
+    """lrelu(scale*stored + shift + residual), in one pass; ``residual`` like ``stored``, channels_last."""
+    stored = pending.stored
+    assert pending.scale is not None
+    output = torch.empty_like(stored)
+    channels = stored.shape[1]
+    native.batch_norm_add_leaky_relu_forward(
+        dtype_of(stored), stored.numel() // channels, channels, pending.scale.shape[0], pending.eps,
+        pending.negative_slope, False, stored.data_ptr(), address(pending.weight), address(pending.bias),
+        address(pending.mean), address(pending.var), 0, 0, 0.0, residual.data_ptr(), output.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return output
+
+
+def activate_add_backward(
+    grad: Tensor, output: Tensor | None, pending: Pending
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """From the result's gradient: those of ``stored``, γ, β and the residual. A slope of 1 needs no ``output``."""
+    assert pending.mean is not None
+    assert pending.var is not None
+    return batch_norm_add_backward(
+        grad, grad if output is None else output, pending.stored, pending.weight, pending.bias, pending.mean,
+        pending.var, pending.batch_statistics, pending.eps, pending.negative_slope, pending.mean.shape[0],
+    )  # fmt: skip
+
+
+def activate_backward(grad: Tensor, pending: Pending) -> tuple[Tensor, Tensor, Tensor]:
+    """From the activation's gradient: those of ``stored``, γ and β."""
+    assert pending.mean is not None
+    assert pending.var is not None
+    return batch_norm_backward(
+        grad, pending.stored, pending.weight, pending.bias, pending.mean, pending.var, pending.batch_statistics,
+        pending.eps, pending.negative_slope, pending.activation_first, pending.mean.shape[0],
+    )  # fmt: skip
+
+
+def settle(grad: Tensor, sums: Tensor, pending: Pending) -> tuple[Tensor, Tensor, Tensor]:
+    """The same, from what a convolution's backward pass left: g over whose memory the result is written, and its sums.
+
+    g = dL/d(scale*x + shift), and ``sums`` are Σg and Σg·(x − mean), (2, G, C); x is ``stored``, or its activation if
+    that comes first.
+    """
+    stored, mean = pending.stored, pending.mean
+    assert mean is not None
+    if not pending.normalised and not pending.activation_first:
+        return grad, sums[1].sum(0), sums[0].sum(0)
+    channels = stored.shape[1]
+    of_weight, of_bias = empty(2, channels)
+    native.settle_pending_gradient(
+        dtype_of(stored), stored.numel() // channels, channels, mean.shape[0], pending.eps, pending.negative_slope,
+        pending.activation_first, pending.batch_statistics, grad.data_ptr(), stored.data_ptr(),
+        address(pending.weight), mean.data_ptr(), address(pending.var), sums[0].data_ptr(), sums[1].data_ptr(),
+        of_weight.data_ptr(), of_bias.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return grad, of_weight, of_bias

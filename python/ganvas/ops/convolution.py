@@ -1,0 +1,71 @@
+"""A convolution's geometry, and torch's own convolution by it: what every native kernel of one is measured against."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Geometry(NamedTuple):
+    """Arguments of ``conv2d`` or ``conv_transpose2d`` other than the tensors, as pairs (height, width)."""
+
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    transposed: bool = False
+    output_padding: tuple[int, int] = (0, 0)
+    groups: int = 1
+    upsampled: bool = False
+    """The input is first made twice as high and wide, each pixel repeated (nearest neighbour)."""
+
+    def output_shape(self, input: torch.Size, weight: torch.Size) -> torch.Size:
+        """Of (N, Cin, H, W) and a weight; sides below 1 where the kernel does not fit."""
+        height, width = (2 * side for side in input[2:]) if self.upsampled else input[2:]
+        of_side = zip((height, width), weight[2:], self.stride, self.padding, self.dilation, self.output_padding)
+        if self.transposed:
+            sides = [(n - 1) * s - 2 * p + d * (k - 1) + extra + 1 for n, k, s, p, d, extra in of_side]
+            return torch.Size((input[0], weight[1] * self.groups, *sides))
+        sides = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d, _ in of_side]
+        return torch.Size((input[0], weight[0], *sides))
+
+    def in_channels(self, weight: torch.Size) -> int:
+        """That a weight of this shape takes."""
+        return weight[0] if self.transposed else weight[1] * self.groups
+
+
+def breaks_in_channels_last(weight: torch.Size, stride: tuple[int, ...]) -> bool:
+    """Whether torch's gradient of such a weight is wrong, and writes past its memory, on channels_last tensors.
+
+    So it is in oneDNN for a strided 1×1 convolution of fewer input channels than a block has, 8 with AVX2 and 16 with
+    AVX-512: https://github.com/uxlfoundation/oneDNN/issues/6035. Contiguous tensors take another way.
+    """
+    return weight[1] < 16 and weight[2:].numel() == 1 and max(stride) > 1
+
+
+def convolve(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    """(N, Cin, H, W) to (N, Cout, H', W') by torch; differentiable."""
+    if geometry.upsampled:
+        input = F.interpolate(input, scale_factor=2, mode="nearest")
+    if breaks_in_channels_last(weight.shape, geometry.stride):
+        input = input.contiguous()
+    return torch.convolution(input, weight, bias, *geometry[:6])
+
+
+def convolve_backward(
+    grad_output: Tensor, input: Tensor, weight: Tensor, geometry: Geometry, needs: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of input and weight by torch, those that ``needs`` asks for."""
+    small = input
+    if geometry.upsampled:
+        input = F.interpolate(input, scale_factor=2, mode="nearest")
+    if breaks_in_channels_last(weight.shape, geometry.stride):
+        grad_output, input = grad_output.contiguous(), input.contiguous()
+    grad_input, grad_weight, _ = torch.ops.aten.convolution_backward(
+        grad_output, input, weight, None, *geometry[:6], (*needs, False)
+    )
+    if geometry.upsampled and grad_input is not None:
+        grad_input = torch.ops.aten.upsample_nearest2d_backward(grad_input, input.shape[2:], small.shape, 2.0, 2.0)
+    return grad_input, grad_weight

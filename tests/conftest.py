@@ -1,0 +1,28 @@
+"""How results are trusted: by their distance to a float64 reference, beside the distance of torch's own kernels."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+
+class Accuracy:
+    """The tolerance rule: ``factor`` times torch's own error, plus one rounding of the terms that were added."""
+
+    @staticmethod
+    def check(
+        name: str, ours: Tensor, exact: Tensor, torchs: Tensor, torchs_exact: Tensor, factor: float,
+        terms: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Norms of the whole tensor. ``terms``: how large a result's summands are (default: as the result)."""
+        assert ours.shape == exact.shape, f"{name}: shape {tuple(ours.shape)} is not {tuple(exact.shape)}"
+        error, torchs_error = (ours.double() - exact).norm(), (torchs.double() - torchs_exact).norm()
+        floor = torch.finfo(ours.dtype).eps * (exact if terms is None else terms).norm()
+        allowed = factor * torchs_error + floor
+        assert error <= allowed, f"{name}: error {error:.2e}, torch's {torchs_error:.2e}, one rounding {floor:.2e}"
+
+
+@pytest.fixture
+def accuracy() -> Accuracy:
+    return Accuracy()

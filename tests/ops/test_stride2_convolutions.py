@@ -1,0 +1,421 @@
+"""The native stride-2 convolutions against float64, beside torch's own, and what is written as one of them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+pytest.importorskip("ganvas._native")
+
+from ganvas import _native as native
+from ganvas.ops.backends.cpu import Pending, stride2
+from ganvas.ops.backends.cpu.stride2 import Convolution
+
+# What each of them is, in torch's words.
+TORCH: dict[Convolution, Callable[[Tensor, Tensor], Tensor]] = {
+    Convolution.conv4x4: lambda x, w: F.conv2d(x, w, stride=2, padding=1),
+    Convolution.conv_transpose4x4: lambda x, w: F.conv_transpose2d(x, w, stride=2, padding=1),
+    Convolution.conv3x3_even: lambda x, w: F.conv2d(x, w, stride=2, padding=1),
+    Convolution.conv3x3_odd: lambda x, w: F.conv2d(x, w, stride=2, padding=1),
+    Convolution.conv3x3_avg_pool2: lambda x, w: F.avg_pool2d(F.conv2d(x, w, padding=1), 2),
+    Convolution.upsample2_conv3x3: lambda x, w: F.conv2d(F.interpolate(x, scale_factor=2.0), w, padding=1),
+}
+PARITY = {Convolution.conv3x3_even: 0, Convolution.conv3x3_odd: 1}  # of the maps that it takes
+
+# The floor of the tolerance: how many roundings of float32 (eps) a result may be off, measured at what its terms add up
+# to when they do not cancel. With the matrices A, B and G of F(4×4, 2×2) in csrc/cpu/winograd_transforms.h and
+# independent pixels and weights, the mean over outputs i of Σ_f A_if²·|B_f|²·|G_f|² / 2 is 4.06 along each of two axes,
+# so the terms' root mean square is 4.06 times the result's. Twice (gradients: three times) torch's error comes on top.
+GROWTH = 4.06
+KINDS = ("stored", "affine_kink", "kink_affine")
+CHANNELS = (1, 3, 8, 16, 17, 31, 33, 64)
+
+
+@dataclass(frozen=True)
+class Case:
+    convolution: Convolution = Convolution.conv4x4
+    images: int = 2  # of a statistics group
+    in_channels: int = 16
+    out_channels: int = 16
+    height: int = 8
+    width: int = 8
+    groups: int = 1
+    pending: str = "affine_kink"
+    statistics_of_activation: bool = False  # the order convolution, activation, norm
+    has_bias: bool = True
+    dtype: torch.dtype = torch.float32
+    slope: float = 0.2
+    seed: int = 0
+
+
+class Arguments:
+    """Random tensors for a case: a pending input, weight and bias, the gradient of the output."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        generator = torch.Generator().manual_seed(case.seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator)
+
+        def pixels(*shape: int) -> Tensor:
+            return normal(*shape).to(case.dtype).contiguous(memory_format=torch.channels_last)
+
+        side = 3 if case.convolution.value.rows else 4
+        channels = (case.out_channels, case.in_channels)
+        if case.convolution is Convolution.conv_transpose4x4:
+            channels = channels[::-1]
+        self.stored = pixels(case.images * case.groups, case.in_channels, case.height, case.width)
+        self.weight = (normal(*channels, side, side) / (side * side * case.in_channels) ** 0.5).to(case.dtype)
+        self.bias = normal(case.out_channels).to(case.dtype) if case.has_bias else None
+        self.grad_output = pixels(*self.convolve(self.stored, self.weight).shape)
+        pending = case.pending != "stored"
+        self.scale, self.shift, self.mean = (
+            normal(case.groups, case.in_channels) if pending else None for _ in range(3)
+        )
+
+    def convolve(self, input: Tensor, weight: Tensor) -> Tensor:
+        return TORCH[self.case.convolution](input, weight)
+
+    @property
+    def pending(self) -> Pending:
+        return Pending(
+            self.stored, self.scale, self.shift, self.mean, negative_slope=self.case.slope,
+            activation_first=self.case.pending == "kink_affine",
+        )  # fmt: skip
+
+    def per_image(self, values: Tensor, dtype: torch.dtype) -> Tensor:
+        """(G, C) to (N, C, 1, 1)."""
+        return values.to(dtype).repeat_interleave(self.case.images, 0)[:, :, None, None]
+
+    def by_group(self, values: Tensor) -> Tensor:
+        """(N, C, H, W) to (G, C, pixels)."""
+        groups, (batch, channels) = self.case.groups, values.shape[:2]
+        return values.reshape(groups, batch // groups, channels, -1).transpose(1, 2).flatten(2)
+
+    def affine(self, values: Tensor) -> Tensor:
+        return self.per_image(self.scale, values.dtype) * values + self.per_image(self.shift, values.dtype)
+
+    def kink(self, values: Tensor) -> Tensor:
+        """On the side of exact arithmetic: one pixel on the other side would be an error of another kind."""
+        exact = self.stored.double()
+        inside = self.affine(exact) if self.case.pending == "affine_kink" else exact
+        return torch.where(inside > 0, values, self.case.slope * values)
+
+    def activation(self, dtype: torch.dtype) -> Tensor:
+        x = self.stored.to(dtype)
+        if self.case.pending == "stored":
+            return x
+        return self.kink(self.affine(x)) if self.case.pending == "affine_kink" else self.affine(self.kink(x))
+
+
+def kernels(of: Arguments) -> dict[str, Tensor]:
+    """Everything that the native kernels compute."""
+    case, pending = of.case, of.pending
+    after = stride2.forward_with_statistics(
+        case.convolution, pending, of.weight, of.bias, None, None, None, None, 0.0, 1e-5, case.slope,
+        case.statistics_of_activation, case.groups,
+    )  # fmt: skip
+    grad_input, sums = stride2.backward_input(case.convolution, of.grad_output, of.weight, pending)
+    results = {
+        "output": stride2.forward(case.convolution, pending, of.weight, of.bias),
+        "output beside statistics": after.stored,
+        "mean": after.mean,
+        "var": after.var,
+        "grad_input": grad_input,
+        "grad_weight": stride2.backward_weight(case.convolution, of.grad_output, of.weight, pending),
+    }
+    if case.pending != "stored":
+        results |= {"sum": sums[0], "sum_deviation": sums[1]}
+    return results
+
+
+def layer_by_layer(of: Arguments, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The same by torch, every tensor of pixels stored in ``dtype``."""
+    case = of.case
+    wide = torch.promote_types(dtype, torch.float32)  # in which torch's own norms do their sums
+    input = of.activation(wide).to(dtype).requires_grad_()
+    weight = of.weight.to(dtype).requires_grad_()
+    raw = of.convolve(input, weight)
+    grad_input, grad_weight = torch.autograd.grad(raw, (input, weight), of.grad_output.to(dtype))
+    output = raw.detach() if of.bias is None else raw.detach() + of.bias.to(dtype)[:, None, None]
+    if case.pending == "affine_kink":
+        grad_input = of.kink(grad_input)
+    values = of.by_group((F.leaky_relu(output, case.slope) if case.statistics_of_activation else output).to(wide))
+    results = {
+        "output": output,
+        "output beside statistics": output,
+        "mean": values.mean(2),
+        "var": values.var(2, unbiased=False),
+        "grad_input": grad_input,
+        "grad_weight": grad_weight,
+    }
+    if case.pending != "stored":
+        results["sum"] = of.by_group(grad_input.to(wide)).sum(2)
+        results["sum_deviation"] = of.by_group(grad_input.to(wide) * deviation(of, wide)).sum(2)
+    return results
+
+
+def deviation(of: Arguments, dtype: torch.dtype) -> Tensor:
+    """Of what the norm before the pending map took its statistics of, from the mean."""
+    stored = of.stored.to(dtype)
+    return (of.kink(stored) if of.case.pending == "kink_affine" else stored) - of.per_image(of.mean, dtype)
+
+
+def sizes(of: Arguments, exact: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What the terms of each result add up to when they do not cancel: roots of the sums of their squares."""
+    input = of.activation(torch.float64).square().requires_grad_()
+    weight = of.weight.double().square().requires_grad_()
+    squares = of.convolve(input, weight)
+    grad_input, grad_weight = (
+        g.sqrt() for g in torch.autograd.grad(squares, (input, weight), of.grad_output.double() ** 2)
+    )
+    output = squares.detach().sqrt()
+    level = of.by_group(output).mean(2) + (0 if of.bias is None else of.bias.double().abs())
+    found = {
+        "output": output,
+        "output beside statistics": output,
+        "mean": level,
+        "var": exact["var"] + 2 * exact["var"].sqrt() * level,
+        "grad_input": grad_input,
+        "grad_weight": grad_weight,
+    }
+    if of.case.pending != "stored":
+        found["sum"] = of.by_group(grad_input).sum(2)
+        found["sum_deviation"] = of.by_group(grad_input * deviation(of, torch.float64).abs()).sum(2)
+    return found
+
+
+def compare_with_torch(accuracy, case: Case) -> None:
+    of = Arguments(case)
+    ours, torchs, exact = kernels(of), layer_by_layer(of, case.dtype), layer_by_layer(of, torch.float64)
+    terms = sizes(of, exact)
+    for name, result in ours.items():
+        pixels = name.startswith("output") or name == "grad_input"
+        assert result.dtype is (case.dtype if pixels else torch.float32), name
+        # The root mean square of so few values may by chance be three standard deviations off.
+        by_chance = 1 + 3 / (result.numel() / 4) ** 0.5
+        floor = by_chance * GROWTH * torch.finfo(torch.float32).eps * terms[name]
+        if result.dtype is torch.bfloat16:  # the one rounding to what is stored
+            floor = floor + torch.finfo(torch.bfloat16).eps / 2 * exact[name].abs()
+        factor = 3.0 if name in ("grad_input", "grad_weight", "sum", "sum_deviation") else 2.0
+        floor = floor / torch.finfo(result.dtype).eps
+        accuracy.check(name, result, exact[name], torchs[name], exact[name], factor, floor)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    convolution = draw(st.sampled_from(list(Convolution)))
+    height, width = (draw(st.integers(1 if convolution.value.transposed else 2, 19)) for _ in range(2))
+    parity = PARITY.get(convolution)
+    assume(parity is None or height % 2 == width % 2 == parity)
+    return Case(
+        convolution,
+        images=draw(st.integers(1, 3)),
+        in_channels=draw(st.sampled_from(CHANNELS)),
+        out_channels=draw(st.sampled_from(CHANNELS)),
+        height=height,
+        width=width,
+        groups=draw(st.sampled_from([1, 1, 2, 3])),
+        pending=draw(st.sampled_from(KINDS)),
+        statistics_of_activation=draw(st.booleans()),
+        has_bias=draw(st.booleans()),
+        dtype=draw(st.sampled_from([torch.float32, torch.bfloat16])),
+        slope=draw(st.sampled_from([0.0, 0.2, 1.0])),
+        seed=draw(st.integers(0, 2**31)),
+    )
+
+
+SETTINGS = settings(
+    deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much]
+)
+
+
+@settings(SETTINGS, max_examples=40)
+@given(cases())
+def test_random_shapes_are_as_accurate_as_torch(accuracy, case):
+    compare_with_torch(accuracy, case)
+
+
+AWKWARD = {
+    "one pixel from four": Case(images=1, height=2, width=2),
+    "four pixels from one": Case(Convolution.conv_transpose4x4, images=1, height=1, width=1),
+    "odd maps": Case(height=11, width=7, groups=2, pending="kink_affine"),
+    "channel tails": Case(in_channels=33, out_channels=47, height=18, width=14, statistics_of_activation=True),
+    "transposed channel tails": Case(
+        Convolution.conv_transpose4x4, in_channels=47, out_channels=33, height=9, groups=2
+    ),
+    "several segments in a row": Case(height=6, width=110, groups=2),
+    "several segments from a row": Case(Convolution.conv_transpose4x4, height=3, width=59, groups=2),
+    "weights larger than all else": Case(in_channels=200, out_channels=300, height=10, groups=2),
+    "and transposed": Case(Convolution.conv_transpose4x4, in_channels=300, out_channels=200, height=5, width=3),
+    "bfloat16 tails": Case(in_channels=19, out_channels=21, height=12, width=10, dtype=torch.bfloat16, groups=2),
+    "3x3 of an even map": Case(Convolution.conv3x3_even, height=6, width=10),
+    "3x3 of an odd map": Case(Convolution.conv3x3_odd, height=7, width=5),
+    "pooled odd map": Case(Convolution.conv3x3_avg_pool2, height=7, width=9),
+    "upsampled": Case(Convolution.upsample2_conv3x3, in_channels=20, out_channels=24, height=5, width=6),
+}
+
+
+@pytest.mark.parametrize("name", AWKWARD)
+def test_awkward_shapes_are_as_accurate_as_torch(accuracy, name):
+    compare_with_torch(accuracy, AWKWARD[name])
+
+
+ISAS = native.build_info()["cpu_isas"]
+
+
+@pytest.mark.parametrize(
+    "isa", ISAS[: ISAS.index(native.selected_isa())] if not os.environ.get("GANVAS_CPU_ISA") else []
+)
+def test_lesser_instruction_sets_pass_the_same_tests(isa):
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "awkward"],
+        env={**os.environ, "GANVAS_CPU_ISA": isa}, capture_output=True, text=True, timeout=300,
+        cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+# Enough work for five threads: fewer pixels are not worth waking one for.
+SEVERAL_THREADS = {
+    "tiles to share": Case(images=3, in_channels=24, out_channels=40, height=44, width=38, groups=2),
+    "tiles to make": Case(
+        Convolution.conv_transpose4x4, images=3, in_channels=40, out_channels=24, height=22, width=19
+    ),
+    "channels to share": Case(images=1, in_channels=320, out_channels=250, height=16, width=16, pending="kink_affine"),
+}
+
+
+@pytest.mark.parametrize("count", [1, 3, 5])
+@pytest.mark.parametrize("name", SEVERAL_THREADS)
+def test_any_number_of_threads_is_as_accurate_as_torch(accuracy, threads, name, count):
+    threads(count)
+    compare_with_torch(accuracy, SEVERAL_THREADS[name])
+
+
+@pytest.mark.parametrize("name", SEVERAL_THREADS)
+def test_same_arguments_give_the_same_bits(threads, name):
+    threads(3)
+    of = Arguments(SEVERAL_THREADS[name])
+    first = kernels(of)
+    kernels(Arguments(Case(height=34, width=18)))  # leaves other numbers in the workspace
+    for name, again in kernels(of).items():
+        assert torch.equal(again, first[name]), name
+
+
+@pytest.mark.parametrize("convolution", Convolution)
+def test_padding_contributes_zero_after_the_shift(convolution):
+    side = 3 if PARITY.get(convolution) else 2
+    of = Arguments(Case(convolution, images=1, height=side, width=side, has_bias=False))
+    of.stored.zero_(), of.shift.fill_(1.0), of.weight.fill_(1.0)
+    expected = of.convolve(torch.ones(1, 16, side, side), of.weight)
+    torch.testing.assert_close(stride2.forward(convolution, of.pending, of.weight, None), expected, rtol=1e-5, atol=0)
+
+
+def test_running_statistics_move_towards_each_group_in_order():
+    case = Case(Convolution.conv_transpose4x4, out_channels=21, groups=3)
+    of, running_mean, running_var = Arguments(case), torch.randn(21), torch.rand(21)
+    expected_mean, expected_var = running_mean.clone(), running_var.clone()
+    after = stride2.forward_with_statistics(
+        case.convolution,
+        of.pending,
+        of.weight,
+        of.bias,
+        None,
+        None,
+        running_mean,
+        running_var,
+        0.3,
+        1e-5,
+        0.2,
+        False,
+        3,
+    )
+    count = case.images * after.stored[0, 0].numel()
+    for mean, var in zip(after.mean, after.var):
+        expected_mean.lerp_(mean, 0.3)
+        expected_var.lerp_(var * count / (count - 1), 0.3)
+    torch.testing.assert_close(running_mean, expected_mean, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(running_var, expected_var, rtol=1e-6, atol=1e-6)
+
+
+def test_weights_of_any_strides():
+    of = Arguments(Case())
+    expected = kernels(of)
+    strided = torch.zeros(4, 20, 5, 18).permute(3, 1, 0, 2)[1:17, 2:18, :, 1:]
+    strided.copy_(of.weight)
+    of.weight = strided
+    for name, result in kernels(of).items():
+        assert torch.equal(result, expected[name]), name
+
+
+@pytest.mark.parametrize(
+    ("convolution", "weight", "input", "taken"),
+    [
+        (Convolution.conv4x4, (64, 16, 4, 4), (2, 16, 8, 8), True),
+        (Convolution.conv4x4, (64, 16, 3, 3), (2, 16, 8, 8), False),
+        (
+            Convolution.conv4x4,
+            (64, 3, 4, 4),
+            (2, 3, 8, 8),
+            False,
+        ),  # few channels: the transforms cost more than they save
+        (Convolution.conv4x4, (64, 16, 4, 4), (2, 16, 1, 8), False),  # no output
+        (Convolution.conv_transpose4x4, (16, 64, 4, 4), (2, 16, 1, 8), True),
+        (Convolution.upsample2_conv3x3, (64, 16, 3, 3), (2, 16, 4, 4), True),
+    ],
+)
+def test_takes_what_it_does_well(convolution, weight, input, taken):
+    assert stride2.takes(convolution, torch.empty(weight), torch.Size(input)) is taken
+
+
+def test_a_3x3_convolution_of_stride_2_depends_on_the_parity_of_the_map():
+    assert stride2.conv3x3(torch.Size((1, 16, 8, 6))) is Convolution.conv3x3_even
+    assert stride2.conv3x3(torch.Size((1, 16, 7, 5))) is Convolution.conv3x3_odd
+    assert stride2.conv3x3(torch.Size((1, 16, 7, 6))) is None
+
+
+def test_a_map_without_output_is_refused_before_any_work():
+    x, weight = torch.zeros(1, 16, 1, 8), torch.zeros(16, 16, 4, 4)
+    arguments = (
+        native.Dtype.float32, x.shape, 16, 1, 1, x.data_ptr(), 0, 0, 1.0, False, weight.data_ptr(), weight.stride(), 0,
+        x.data_ptr(), 1,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"the output would be empty; got a map of 1×8 and padding 1"):
+        native.winograd_stride2_forward(*arguments)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in Convolution if kind.value.rows])
+def test_autocast_does_not_reach_the_folding_of_the_weight(kind):
+    x = torch.randn(2, 16, 6, 6).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(16, 16, 3, 3)
+    output = stride2.forward(kind, Pending(x), weight, None)
+
+    def everything():
+        grad_input, _ = stride2.backward_input(kind, output, weight, Pending(x))
+        gradient = stride2.backward_weight(kind, output, weight, Pending(x))
+        return stride2.forward(kind, Pending(x), weight, None), grad_input, gradient
+
+    with torch.autocast("cpu", torch.bfloat16):
+        got = everything()
+    for mine, expected in zip(got, everything()):
+        assert torch.equal(mine, expected)

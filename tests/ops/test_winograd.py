@@ -1,0 +1,451 @@
+"""The native 3×3 convolutions against float64, beside torch's own, with every kind of pending activation."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.grad import conv2d_input, conv2d_weight
+
+pytest.importorskip("ganvas._native")
+
+from ganvas import _native as native
+from ganvas.ops.backends.cpu import Pending, winograd
+from ganvas.ops.convolution import Geometry
+
+# The floor of the tolerance: how many roundings of float32 (eps) a result may be off, measured at what its terms add up
+# to when they do not cancel. An output of F(4×4, 3×3) is made of larger terms than a direct convolution's: with the
+# matrices A, B and G of csrc/cpu/winograd_transforms.h and independent pixels and weights, the mean over outputs i of
+# Σ_f A_if²·|B_f|²·|G_f|² / 3 is 5.02, along each of two axes, so their root mean square is 5.02 times as large. The
+# weight's gradient has the same factor. Twice (gradients: three times) torch's own error comes on top.
+GROWTH = 5.02
+KINDS = ("stored", "affine_kink", "kink_affine")
+DTYPES = (torch.float32, torch.bfloat16)
+CHANNELS = (1, 3, 8, 16, 17, 31, 33, 64)
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    """How to set their number: 1 for small tensors, for which more would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@dataclass(frozen=True)
+class Case:
+    images: int = 2  # of a statistics group
+    in_channels: int = 16
+    out_channels: int = 16
+    height: int = 8
+    width: int = 8
+    padding: int = 1
+    groups: int = 1
+    kind: str = "affine_kink"
+    statistics_of_activation: bool = False  # the order convolution, activation, norm
+    has_bias: bool = True
+    weight_format: torch.memory_format = torch.contiguous_format
+    dtype: torch.dtype = torch.float32
+    slope: float = 0.2
+    seed: int = 0
+
+    @property
+    def geometry(self) -> Geometry:
+        return Geometry(padding=(self.padding, self.padding))
+
+
+class Arguments:
+    """Random tensors for a case: a pending input, weight and bias, the gradient of the output."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        generator = torch.Generator().manual_seed(case.seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator)
+
+        def pixels(channels: int, grown: int) -> Tensor:
+            values = normal(case.images * case.groups, channels, case.height + grown, case.width + grown)
+            return values.to(case.dtype).contiguous(memory_format=torch.channels_last)
+
+        self.stored, self.grad_output = pixels(case.in_channels, 0), pixels(case.out_channels, 2 * case.padding - 2)
+        weight = normal(case.out_channels, case.in_channels, 3, 3) / (9 * case.in_channels) ** 0.5
+        self.weight = weight.to(case.dtype).contiguous(memory_format=case.weight_format)
+        self.bias = normal(case.out_channels).to(case.dtype) if case.has_bias else None
+        pending = case.kind != "stored"
+        self.scale, self.shift, self.mean = (
+            normal(case.groups, case.in_channels) if pending else None for _ in range(3)
+        )
+
+    @property
+    def pending(self) -> Pending:
+        return Pending(
+            self.stored, self.scale, self.shift, self.mean, negative_slope=self.case.slope,
+            activation_first=self.case.kind == "kink_affine",
+        )  # fmt: skip
+
+    def per_image(self, values: Tensor, dtype: torch.dtype) -> Tensor:
+        """(G, C) to (N, C, 1, 1)."""
+        return values.to(dtype).repeat_interleave(self.case.images, 0)[:, :, None, None]
+
+    def by_group(self, values: Tensor) -> Tensor:
+        """(N, C, H, W) to (G, C, pixels)."""
+        groups, (batch, channels) = self.case.groups, values.shape[:2]
+        return values.reshape(groups, batch // groups, channels, -1).transpose(1, 2).flatten(2)
+
+    def side(self) -> Tensor | float:
+        """Of the input's kink, in exact arithmetic: one pixel on the other side would be an error of another kind."""
+        if self.case.kind == "affine_kink":
+            scale, shift = self.per_image(self.scale, torch.float64), self.per_image(self.shift, torch.float64)
+            return scale * self.stored.double() + shift > 0
+        return self.stored > 0
+
+    def kink(self, values: Tensor) -> Tensor:
+        return torch.where(self.side(), values, self.case.slope * values)
+
+    def normalised(self, dtype: torch.dtype) -> Tensor:
+        """What the norm before the pending map takes its statistics of."""
+        stored = self.stored.to(dtype)
+        return self.kink(stored) if self.case.kind == "kink_affine" else stored
+
+    def activation(self, dtype: torch.dtype) -> Tensor:
+        x = self.normalised(dtype)
+        if self.case.kind == "stored":
+            return x
+        x = self.per_image(self.scale, dtype) * x + self.per_image(self.shift, dtype)
+        return self.kink(x) if self.case.kind == "affine_kink" else x
+
+
+def with_statistics(of: Arguments, **changes) -> Pending:
+    """The output's pending activation, of a norm without weight, bias and running statistics but for ``changes``."""
+    arguments = {
+        "input": of.pending, "weight": of.weight, "bias": of.bias, "geometry": of.case.geometry, "bn_weight": None,
+        "bn_bias": None, "running_mean": None, "running_var": None, "momentum": 0.0, "eps": 1e-5,
+        "negative_slope": of.case.slope, "activation_first": of.case.statistics_of_activation, "groups": of.case.groups,
+    }  # fmt: skip
+    return winograd.forward_with_statistics(**{**arguments, **changes})
+
+
+def kernels(of: Arguments) -> dict[str, Tensor]:
+    """Everything that the native kernels compute."""
+    case, pending = of.case, of.pending
+    after = with_statistics(of)
+    grad_input, sums = winograd.backward_input(
+        grad_output=of.grad_output, weight=of.weight, input=pending, geometry=case.geometry
+    )
+    results = {
+        "output": winograd.forward(input=pending, weight=of.weight, bias=of.bias, geometry=case.geometry),
+        "output beside statistics": after.stored,
+        "mean": after.mean,
+        "var": after.var,
+        "grad_input": grad_input,
+        "grad_weight": winograd.backward_weight(
+            grad_output=of.grad_output, weight=of.weight, input=pending, geometry=case.geometry
+        ),
+    }
+    if case.kind != "stored":
+        results |= {"sum": sums[0], "sum_deviation": sums[1]}
+    return results
+
+
+def layer_by_layer(of: Arguments, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The same by torch, every tensor of pixels stored in ``dtype``."""
+    case, padding = of.case, of.case.padding
+    wide = torch.promote_types(dtype, torch.float32)  # in which torch's own norms do their sums
+    activation, weight, grad_output = of.activation(wide).to(dtype), of.weight.to(dtype), of.grad_output.to(dtype)
+    output = F.conv2d(activation, weight, None if of.bias is None else of.bias.to(dtype), padding=padding)
+    grad = conv2d_input(activation.shape, weight, grad_output, padding=padding)
+    if case.kind == "affine_kink":
+        grad = of.kink(grad)
+    values = of.by_group((F.leaky_relu(output, case.slope) if case.statistics_of_activation else output).to(wide))
+    results = {
+        "output": output,
+        "output beside statistics": output,
+        "mean": values.mean(2),
+        "var": values.var(2, unbiased=False),
+        "grad_input": grad,
+        "grad_weight": conv2d_weight(activation, weight.shape, grad_output, padding=padding),
+    }
+    if case.kind != "stored":
+        deviation = of.normalised(wide) - of.per_image(of.mean, wide)
+        results["sum"] = of.by_group(grad.to(wide)).sum(2)
+        results["sum_deviation"] = of.by_group(grad.to(wide) * deviation).sum(2)
+    return results
+
+
+def sizes(of: Arguments, exact: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What the terms of each result add up to when they do not cancel: roots of the sums of their squares."""
+    padding, squared_weight = of.case.padding, of.weight.double().square()
+    squared_activation, squared_grad = of.activation(torch.float64).square(), of.grad_output.double().square()
+    output = F.conv2d(squared_activation, squared_weight, padding=padding).sqrt()
+    grad_input = conv2d_input(squared_activation.shape, squared_weight, squared_grad, padding=padding).sqrt()
+    level = of.by_group(output).mean(2) + (0 if of.bias is None else of.bias.double().abs())
+    found = {
+        "output": output,
+        "output beside statistics": output,
+        "mean": level,
+        "var": exact["var"] + 2 * exact["var"].sqrt() * level,
+        "grad_input": grad_input,
+        "grad_weight": conv2d_weight(squared_activation, of.weight.shape, squared_grad, padding=padding).sqrt(),
+    }
+    if of.case.kind != "stored":
+        deviation = of.normalised(torch.float64) - of.per_image(of.mean, torch.float64)
+        found["sum"] = of.by_group(grad_input).sum(2)
+        found["sum_deviation"] = of.by_group(grad_input * deviation.abs()).sum(2)
+    return found
+
+
+def compare_with_torch(accuracy, case: Case) -> None:
+    of = Arguments(case)
+    ours, torchs, exact = kernels(of), layer_by_layer(of, case.dtype), layer_by_layer(of, torch.float64)
+    terms = sizes(of, exact)
+    for name, result in ours.items():
+        pixels = name.startswith("output") or name == "grad_input"
+        assert result.dtype is (case.dtype if pixels else torch.float32), name
+        # Three standard deviations, which average out over many values, of which a tile's share their errors.
+        by_chance = 1 + 3 / (result.numel() / 4) ** 0.5
+        floor = GROWTH * by_chance * torch.finfo(torch.float32).eps * terms[name]
+        if result.dtype is torch.bfloat16:
+            floor = (
+                floor + torch.finfo(torch.bfloat16).eps / 2 * exact[name].abs()
+            )  # the one rounding to what is stored
+        factor = 3.0 if name in ("grad_input", "grad_weight", "sum", "sum_deviation") else 2.0
+        floor = floor / torch.finfo(result.dtype).eps
+        accuracy.check(name, result, exact[name], torchs[name], exact[name], factor, floor)
+
+
+def cases(largest: int, channels: tuple[int, ...]) -> st.SearchStrategy[Case]:
+    def has_output(case: Case) -> bool:
+        return min(case.height, case.width) + 2 * case.padding >= 3
+
+    return st.builds(
+        Case,
+        images=st.integers(1, 3),
+        in_channels=st.sampled_from(channels),
+        out_channels=st.sampled_from(channels),
+        height=st.integers(1, largest),
+        width=st.integers(1, largest),
+        padding=st.integers(0, 2),
+        groups=st.sampled_from([1, 1, 2, 3]),
+        kind=st.sampled_from(KINDS),
+        statistics_of_activation=st.booleans(),
+        has_bias=st.booleans(),
+        weight_format=st.sampled_from([torch.contiguous_format, torch.channels_last]),
+        dtype=st.sampled_from(DTYPES),
+        slope=st.sampled_from([0.0, 0.2, 1.0]),
+        seed=st.integers(0, 2**31),
+    ).filter(has_output)
+
+
+SETTINGS = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@settings(SETTINGS, max_examples=30)
+@given(cases(13, CHANNELS))
+def test_random_shapes_are_as_accurate_as_torch(accuracy, case):
+    compare_with_torch(accuracy, case)
+
+
+@pytest.mark.slow
+@settings(SETTINGS, max_examples=200)
+@given(cases(70, (*CHANNELS, 100, 130, 256)))
+def test_random_larger_shapes_are_as_accurate_as_torch(accuracy, case):
+    compare_with_torch(accuracy, case)
+
+
+AWKWARD = {
+    "one pixel": Case(images=1, height=1, width=1),
+    "one pixel, padded by two": Case(images=1, height=1, width=1, padding=2, kind="kink_affine"),
+    "one output": Case(images=1, height=3, width=3, padding=0),
+    "one channel": Case(in_channels=1, out_channels=1, height=5, width=6),
+    "channel tails": Case(in_channels=33, out_channels=47, height=9, width=7, statistics_of_activation=True),
+    "several segments in a row": Case(height=5, width=111, groups=2),
+    "a tall image": Case(height=61, width=2, padding=2, weight_format=torch.channels_last),
+    "few tiles, many channels": Case(images=1, in_channels=200, out_channels=300, height=4, width=4),
+    "many images of one tile": Case(images=33, height=2, width=3, groups=3, kind="kink_affine"),
+    "bfloat16 tails": Case(in_channels=19, out_channels=21, height=6, width=10, dtype=torch.bfloat16, groups=2),
+}
+
+
+@pytest.mark.parametrize("name", AWKWARD)
+def test_awkward_shapes_are_as_accurate_as_torch(accuracy, name):
+    compare_with_torch(accuracy, AWKWARD[name])
+
+
+ISAS = native.build_info()["cpu_isas"]
+
+
+@pytest.mark.parametrize(
+    "isa", ISAS[: ISAS.index(native.selected_isa())] if not os.environ.get("GANVAS_CPU_ISA") else []
+)
+def test_lesser_instruction_sets_pass_the_same_tests(isa):
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "awkward or not_finite"],
+        env={**os.environ, "GANVAS_CPU_ISA": isa}, capture_output=True, text=True, timeout=300,
+        cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+# Enough work for five threads: fewer pixels are not worth waking one for.
+SEVERAL_THREADS = {
+    "tiles to share": Case(images=3, in_channels=24, out_channels=40, height=22, width=19, groups=2),
+    "channels to share": Case(images=1, in_channels=320, out_channels=250, height=8, width=8, kind="kink_affine"),
+    "bfloat16": Case(images=2, in_channels=70, out_channels=48, height=23, width=30, dtype=torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+@pytest.mark.parametrize("name", SEVERAL_THREADS)
+def test_any_number_of_threads_is_as_accurate_as_torch(accuracy, threads, name, count):
+    threads(count)
+    compare_with_torch(accuracy, SEVERAL_THREADS[name])
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("name", SEVERAL_THREADS)
+def test_same_arguments_give_the_same_bits(threads, name, count):
+    threads(count)
+    of = Arguments(SEVERAL_THREADS[name])
+    first = kernels(of)
+    kernels(Arguments(Case(height=17, width=9)))  # leaves other numbers in the workspace
+    for name, again in kernels(of).items():
+        assert torch.equal(again, first[name]), name
+
+
+@pytest.mark.parametrize("activation_first", [False, True])
+def test_statistics_are_turned_into_the_next_layers_scale_and_shift(activation_first):
+    case = Case(out_channels=21, groups=2, statistics_of_activation=activation_first)
+    of, weight, bias = Arguments(case), torch.randn(21), torch.randn(21)
+    after = with_statistics(of, bn_weight=weight, bn_bias=bias, eps=1e-3, negative_slope=0.1)
+    scale = weight / (after.var.double() + 1e-3).sqrt()
+    torch.testing.assert_close(after.scale, scale.float(), rtol=3e-7, atol=0)
+    torch.testing.assert_close(after.shift, (bias - after.mean * scale).float(), rtol=1e-6, atol=1e-6)
+    assert (after.weight, after.bias) == (weight, bias)
+    assert (after.eps, after.negative_slope, after.activation_first) == (1e-3, 0.1, activation_first)
+
+
+def test_running_statistics_move_towards_each_group_in_order():
+    case = Case(out_channels=21, groups=3)
+    of, running_mean, running_var = Arguments(case), torch.randn(21), torch.rand(21)
+    expected_mean, expected_var = running_mean.clone(), running_var.clone()
+    after = with_statistics(of, running_mean=running_mean, running_var=running_var, momentum=0.3)
+    count = case.images * case.height * case.width
+    for mean, var in zip(after.mean, after.var):
+        expected_mean.lerp_(mean, 0.3)
+        expected_var.lerp_(var * count / (count - 1), 0.3)
+    torch.testing.assert_close(running_mean, expected_mean, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(running_var, expected_var, rtol=1e-6, atol=1e-6)
+
+
+def test_statistics_survive_a_mean_far_from_zero():
+    of = Arguments(Case(images=8, height=12, width=12, kind="stored"))
+    of.bias = torch.full((16,), 1000.0)
+    after = with_statistics(of)
+    exact = F.conv2d(of.stored.double(), of.weight.double(), of.bias.double(), padding=1)
+    # A value near 1000 is off by up to 1000·eps/2 from the sum alone, and so is a deviation from the mean, of size 1.
+    torch.testing.assert_close(after.mean[0].double(), exact.mean((0, 2, 3)), rtol=1e-7, atol=0)
+    torch.testing.assert_close(after.var[0].double(), exact.var((0, 2, 3), unbiased=False), rtol=1e-4, atol=0)
+
+
+def test_padding_contributes_zero_after_the_shift():
+    of = Arguments(Case(images=1, height=2, width=2, padding=2))
+    of.stored.zero_(), of.shift.fill_(1.0), of.weight.fill_(1.0)
+    of.bias = None
+    output = winograd.forward(input=of.pending, weight=of.weight, bias=None, geometry=of.case.geometry)[0, 0]
+    inside = torch.tensor([1.0, 2.0, 2.0, 1.0])  # taps of each row or column that meet the image
+    torch.testing.assert_close(output, 16 * inside[:, None] * inside, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("bad", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_not_finite_stays_so_and_reaches_no_further_than_its_tiles(bad, kind):
+    """Winograd spreads a NaN or an infinity over the 4×4 tiles of output whose 6×6 windows hold it."""
+    of = Arguments(Case(images=2, height=11, width=14, kind=kind))
+    clean = kernels(of)
+    of.stored[1, 3, 5, 8] = float(bad)
+    dirty, torchs = kernels(of), layer_by_layer(of, torch.float32)
+    for name in ("output", "grad_weight"):
+        assert not dirty[name].isfinite()[~torchs[name].isfinite()].any(), name
+    # Window t of a row holds pixels 4t - 1 to 4t + 4: rows 5 and columns 8 lie in window 1 (rows), 1 and 2 (columns).
+    dirty["output"][1, :, 4:8, 4:12] = clean["output"][1, :, 4:8, 4:12]
+    dirty["grad_weight"][:, 3] = clean["grad_weight"][:, 3]
+    for name in ("output", "grad_weight"):
+        assert torch.equal(dirty[name], clean[name]), name
+
+
+@pytest.mark.parametrize("bad", ["nan", "inf"])
+def test_a_gradient_that_is_not_finite_stays_so_and_reaches_no_further_than_its_tiles(bad):
+    of = Arguments(Case(images=2, height=11, width=14))
+    clean = kernels(of)
+    of.grad_output[1, 3, 5, 8] = float(bad)
+    dirty, torchs = kernels(of), layer_by_layer(of, torch.float32)
+    for name in ("grad_input", "grad_weight", "sum", "sum_deviation"):
+        assert not dirty[name].isfinite()[~torchs[name].isfinite()].any(), name
+    dirty["grad_input"][1, :, 4:8, 4:12] = clean["grad_input"][1, :, 4:8, 4:12]
+    dirty["grad_weight"][3] = clean["grad_weight"][3]
+    for name in ("grad_input", "grad_weight"):
+        assert torch.equal(dirty[name], clean[name]), name
+
+
+@pytest.mark.parametrize("bad", ["nan", "inf"])
+def test_a_weight_that_is_not_finite_touches_its_two_channels_only(bad):
+    of = Arguments(Case(images=2, height=11, width=14))
+    clean = kernels(of)
+    of.weight[3, 7, 1, 2] = float(bad)
+    dirty, torchs = kernels(of), layer_by_layer(of, torch.float32)
+    for name, channel in (("output", 3), ("grad_input", 7)):
+        assert not dirty[name].isfinite()[~torchs[name].isfinite()].any(), name
+        dirty[name][:, channel] = clean[name][:, channel]
+        assert torch.equal(dirty[name], clean[name]), name
+
+
+def test_weights_of_any_strides():
+    of = Arguments(Case())
+    expected = kernels(of)
+    strided = torch.zeros(3, 20, 4, 18).permute(3, 1, 0, 2)[1:17, 2:18, :, 1:]
+    strided.copy_(of.weight)
+    of.weight = strided
+    for name, result in kernels(of).items():
+        assert torch.equal(result, expected[name]), name
+
+
+def _forward_arguments(**changes) -> tuple:
+    x, weight, output = torch.zeros(2, 16, 4, 4), torch.zeros(16, 16, 3, 3), torch.zeros(2, 16, 4, 4)
+    arguments = {
+        "dtype": native.Dtype.float32, "input_shape": list(x.shape), "out_channels": 16, "padding": 1, "groups": 1,
+        "input": x.data_ptr(), "scale": 0, "shift": 0, "negative_slope": 0.1, "activation_first": False,
+        "weight": weight.data_ptr(), "weight_strides": list(weight.stride()), "bias": 0, "output": output.data_ptr(),
+        "threads": 1,
+    }  # fmt: skip
+    return tuple({**arguments, **changes}.values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"input_shape": [0, 16, 4, 4]}, "batch and channels must be at least 1; got batch 0, channels 16 and 16"),
+        ({"out_channels": 0}, "batch and channels must be at least 1; got batch 2, channels 16 and 0"),
+        ({"padding": 3}, "padding must be 0, 1 or 2; got 3"),
+        ({"input_shape": [2, 16, 1, 4], "padding": 0}, "got a map of 1×4 and padding 0"),
+        ({"groups": 3}, "groups must divide the batch; got 3 groups, batch 2"),
+        ({"dtype": native.Dtype.float16}, "the CPU kernels take float32 and bfloat16; got float16"),
+        ({"input": 0}, "input must not be null"),
+        ({"output": 6}, "output must be aligned to 4 bytes; got address 6"),
+        ({"weight": 0}, "weight must not be null"),
+        ({"scale": 8}, "scale and shift go together"),
+    ],
+)
+def test_sizes_and_addresses_are_validated(changes, message):
+    with pytest.raises(ValueError, match=message):
+        native.winograd_forward(*_forward_arguments(**changes))

@@ -1,0 +1,88 @@
+"""The pool of scratch memory behind the convolutions."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("ganvas._native")
+
+from ganvas import _native as native
+from ganvas.ops.backends.cpu import Pending, winograd
+from ganvas.ops.convolution import Geometry
+
+
+def convolve(seed: int, channels: int = 16, size: int = 8) -> list[Tensor]:
+    """A forward pass and both backward passes on numbers of their own."""
+    generator = torch.Generator().manual_seed(seed)
+    x, grad = (
+        torch.randn(2, channels, size, size, generator=generator).contiguous(memory_format=torch.channels_last)
+        for _ in range(2)
+    )
+    weight = torch.randn(channels, channels, 3, 3, generator=generator)
+    geometry, pending = Geometry(padding=(1, 1)), Pending(x)
+    output = winograd.forward(input=pending, weight=weight, bias=None, geometry=geometry)
+    grad_input, _ = winograd.backward_input(grad_output=grad, weight=weight, input=pending, geometry=geometry)
+    grad_weight = winograd.backward_weight(grad_output=grad, weight=weight, input=pending, geometry=geometry)
+    return [output, grad_input, grad_weight]
+
+
+@pytest.fixture(autouse=True)
+def _empty_pool():
+    native.release_workspace()
+    yield
+    native.release_workspace()
+
+
+def test_memory_is_kept_for_the_next_call_and_given_back_on_request():
+    assert native.workspace_bytes_held() == 0
+    convolve(0)
+    held = native.workspace_bytes_held()
+    assert held > 0
+    convolve(1)
+    assert native.workspace_bytes_held() == held, "the same shapes use the same memory"
+    native.release_workspace()
+    assert native.workspace_bytes_held() == 0
+
+
+def test_what_an_earlier_call_left_in_the_memory_does_not_matter():
+    expected = convolve(0)
+    convolve(1, channels=48, size=13)
+    bad = torch.full((2, 48, 13, 13), float("nan")).contiguous(memory_format=torch.channels_last)
+    winograd.forward(
+        input=Pending(bad), weight=torch.full((48, 48, 3, 3), float("inf")), bias=None,
+        geometry=Geometry(padding=(1, 1)),
+    )  # fmt: skip
+    for again, before in zip(convolve(0), expected):
+        assert torch.equal(again, before)
+
+
+def test_memory_does_not_grow_with_the_number_of_calls():
+    shapes = [(channels, size) for channels in (16, 40, 100, 160) for size in (3, 11, 24)]
+    for channels, size in shapes:
+        convolve(0, channels, size)
+    held = native.workspace_bytes_held()
+    for channels, size in [*shapes, *reversed(shapes)]:
+        convolve(1, channels, size)
+    assert native.workspace_bytes_held() == held <= 64 << 20
+
+
+def test_several_threads_at_once_compute_the_same_bits():
+    shapes = [(16, 8), (24, 9), (32, 5), (17, 12)]
+    expected = [convolve(seed, *shapes[seed % 4]) for seed in range(8)]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            for before, again in zip(expected, pool.map(lambda seed: convolve(seed, *shapes[seed % 4]), range(8))):
+                assert all(map(torch.equal, again, before))
+
+
+def test_memory_may_be_given_back_while_others_use_theirs():
+    expected = convolve(0)
+    with ThreadPoolExecutor(3) as pool:
+        results = [pool.submit(convolve, 0) for _ in range(60)]
+        for _ in range(60):
+            native.release_workspace()
+        assert all(all(map(torch.equal, result.result(), expected)) for result in results)
