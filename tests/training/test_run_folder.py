@@ -49,6 +49,21 @@ def test_files_that_a_run_would_overwrite_are_not_touched(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
 
 
+@pytest.mark.parametrize("call", ["os.replace", "pathlib.Path.mkdir"])
+def test_run_killed_while_its_folder_is_made_can_be_started_or_resumed(call, tmp_path, monkeypatch):
+    folder = RunFolder(tmp_path / "run")
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    with folder.lock():
+        monkeypatch.setattr(call, killed)
+        with pytest.raises(KeyboardInterrupt):
+            folder.create({})
+        monkeypatch.undo()
+    folder.check(resume=folder.config.exists())
+
+
 def test_other_files_in_the_folder_are_left_alone(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     run_classifier(tmp_path, epochs=1)

@@ -80,9 +80,12 @@ class RunFolder:
             raise RunFolderError(f"out: no permission to write in {folder}; name another folder")
 
     def create(self, description: dict[str, Any]) -> None:
-        """Write ``config.json``, which is what makes the (locked) folder a run."""
-        self.samples.mkdir(exist_ok=True)
+        """Write ``config.json``, which is what makes the (locked) folder a run.
+
+        It comes first: whatever a run writes stands beside a config.json, so a killed one can always be resumed.
+        """
         durable.replace_file(self.config, json.dumps(description, indent=2, allow_nan=False).encode() + b"\n")
+        self.samples.mkdir(exist_ok=True)
 
     def read_description(self) -> dict[str, Any]:
         """What :meth:`create` wrote.
