@@ -5,12 +5,15 @@
 
 namespace ganvas::cpu::GANVAS_ISA {
 
-// Accumulators fill the vector registers, but for one broadcast and a row of b.
-constexpr int tile_rows = 6;
+// Vectors of a tile's row. Accumulators fill the vector registers, but for one broadcast and a row of b.
 #if defined(__AVX512F__)
 constexpr int tile_vectors = 4;
+template <int vectors>
+constexpr int tile_rows = vectors == 1 ? 12 : 24 / vectors;
 #else
 constexpr int tile_vectors = 2;
+template <int vectors>
+constexpr int tile_rows = 12 / vectors;
 #endif
 constexpr Index tile_columns = tile_vectors * lanes;
 
@@ -28,24 +31,27 @@ struct Product {
 template <int rows, int vectors, bool accumulate>
 [[gnu::noinline]] void product_tile(const Product& p, Index row, Index column) {
     Vector sum[rows][vectors] = {};
-    // Two pointers reach six rows by addressing modes alone, so that no register is spilled.
-    const float* a = p.a + row * p.a_row;
-    const float* lower = a + 3 * p.a_row;
+    // A pointer reaches three rows by addressing modes alone, so that no register is spilled.
+    const float* a[(rows + 2) / 3];
+#pragma GCC unroll 4
+    for (int i = 0; i < (rows + 2) / 3; ++i) a[i] = p.a + (row + 3 * i) * p.a_row;
     const float* b = p.b + column;
-    for (Index k = 0; k < p.depth; ++k, a += p.a_depth, lower += p.a_depth, b += p.b_depth) {
+    for (Index k = 0; k < p.depth; ++k, b += p.b_depth) {
         Vector right[vectors];
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; ++v) right[v] = load_vector(b + v * lanes);
-#pragma GCC unroll 6
+#pragma GCC unroll 12
         for (int r = 0; r < rows; ++r) {
-            const Vector left = broadcast(r < 3 ? a[r * p.a_row] : lower[(r - 3) * p.a_row]);
+            const Vector left = broadcast(a[r / 3][r % 3 * p.a_row]);
 #pragma GCC unroll 4
             for (int v = 0; v < vectors; ++v) sum[r][v] += left * right[v];
         }
+#pragma GCC unroll 4
+        for (const float*& rows_of_a : a) rows_of_a += p.a_depth;
     }
     const Index c_row = p.c_row;
     float* c = p.c + row * c_row + column;
-#pragma GCC unroll 6
+#pragma GCC unroll 12
     for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; ++v) {
@@ -54,24 +60,26 @@ template <int rows, int vectors, bool accumulate>
         }
 }
 
+// The last rows, fewer than a tile has.
+template <int rows, int vectors, bool accumulate>
+inline void product_rest(const Product& p, Index rest, Index row, Index column) {
+    if (rest == rows) return product_tile<rows, vectors, accumulate>(p, row, column);
+    if constexpr (rows > 1) product_rest<rows - 1, vectors, accumulate>(p, rest, row, column);
+}
+
 template <int vectors, bool accumulate>
 inline void product_column(const Product& p, Index rows, Index column) {
+    constexpr int whole = tile_rows<vectors>;
     Index row = 0;
-    for (; row + tile_rows <= rows; row += tile_rows) product_tile<tile_rows, vectors, accumulate>(p, row, column);
-    switch (rows - row) {
-        case 5:
-            return product_tile<5, vectors, accumulate>(p, row, column);
-        case 4:
-            return product_tile<4, vectors, accumulate>(p, row, column);
-        case 3:
-            return product_tile<3, vectors, accumulate>(p, row, column);
-        case 2:
-            return product_tile<2, vectors, accumulate>(p, row, column);
-        case 1:
-            return product_tile<1, vectors, accumulate>(p, row, column);
-        default:
-            return;
-    }
+    for (; row + whole <= rows; row += whole) product_tile<whole, vectors, accumulate>(p, row, column);
+    if (row < rows) product_rest<whole - 1, vectors, accumulate>(p, rows - row, row, column);
+}
+
+// The last vectors of a row, fewer than a tile has.
+template <int vectors, bool accumulate>
+inline void product_last_column(const Product& p, Index rows, Index rest, Index column) {
+    if (rest == vectors) return product_column<vectors, accumulate>(p, rows, column);
+    if constexpr (vectors > 1) product_last_column<vectors - 1, accumulate>(p, rows, rest, column);
 }
 
 template <bool accumulate>
@@ -79,7 +87,8 @@ inline void product_slice(const Product& p, Index rows, Index columns) {
     Index column = 0;
     for (; column + tile_columns <= columns; column += tile_columns)
         product_column<tile_vectors, accumulate>(p, rows, column);
-    for (; column < columns; column += lanes) product_column<1, accumulate>(p, rows, column);
+    if (column < columns)
+        product_last_column<tile_vectors - 1, accumulate>(p, rows, (columns - column) / lanes, column);
 }
 
 // c = a·b, or c += a·b; `columns` is a multiple of `lanes`. Each sum starts from zero every `slice` terms: rounding

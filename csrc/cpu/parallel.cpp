@@ -13,7 +13,7 @@ namespace {
 std::atomic<bool> in_forked_child{false};
 const int registered = pthread_atfork(nullptr, nullptr, [] { in_forked_child = true; });
 
-constexpr std::int64_t always_mapped = 32 << 20;      // glibc's upper bound of M_MMAP_THRESHOLD
+constexpr std::int64_t large_page = 2 << 20;
 constexpr std::int64_t bytes_per_thread = 192 << 10;  // some 10 µs of work: less is not worth waking a thread for
 
 }  // namespace
@@ -36,7 +36,7 @@ std::int64_t cache_bytes() {
 
 void expect_first_touch(void* begin, std::int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
-    if (bytes < always_mapped) return;
+    if (bytes < 2 * large_page) return;
     const auto page = static_cast<std::uintptr_t>(sysconf(_SC_PAGESIZE));
     const std::uintptr_t first = (reinterpret_cast<std::uintptr_t>(begin) + page - 1) / page * page;
     const std::uintptr_t last =

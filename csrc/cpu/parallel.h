@@ -12,8 +12,9 @@ int team_size(std::int64_t bytes_touched, int threads);
 // Memory traffic above this many bytes goes past the cache: nothing of it would still be there when it is read again.
 std::int64_t cache_bytes();
 
-// Asks for 2 MiB pages under a result that is about to be written for the first time. The C library maps blocks of 32
-// MiB and more anew each time, and with 4 KiB pages the faults cost several times what writing the memory costs.
+// Asks for 2 MiB pages under a result that is about to be written, perhaps for the first time: the C library gives
+// large blocks back to the system when they are freed, and with 4 KiB pages the faults cost several times what writing
+// costs.
 void expect_first_touch(void* begin, std::int64_t bytes);
 
 }  // namespace ganvas::cpu

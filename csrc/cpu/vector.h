@@ -54,6 +54,28 @@ inline void store_vector(bfloat16* destination, Vector value) {
     std::memcpy(destination, &halves, sizeof halves);
 }
 
+// Whether vectors of T are whole cache lines, which can be written past the cache.
+template <class T>
+constexpr bool vector_is_line = lanes * sizeof(T) == 64;
+
+// To a line's first byte. Other threads may read it after a stream_fence().
+inline void stream_vector(float* destination, Vector value) {
+#if defined(__AVX512F__)
+    _mm512_stream_ps(destination, reinterpret_cast<__m512>(value));
+#else
+    store_vector(destination, value);
+#endif
+}
+inline void stream_vector(bfloat16* destination, Vector value) {
+    store_vector(destination, value);
+}
+
+// A hint: the address need not exist.
+template <class T>
+inline void prefetch(const T* address) {
+    __builtin_prefetch(address);
+}
+
 // The first `count` lanes; zero in the others, whose memory is not touched.
 template <class T>
 inline Vector load_lanes(const T* source, Index count) {
@@ -67,6 +89,26 @@ template <class T>
 inline void store_lanes(T* destination, Vector value, Index count) {
     if (count >= lanes) return store_vector(destination, value);
     for (Index lane = 0; lane < count; ++lane) store(destination + lane, value[lane]);
+}
+
+// rows[i][j] and rows[j][i] change places: blocks of 1×1, then of 2×2, 4×4, ... off the diagonal.
+[[gnu::always_inline]] inline void transpose(Vector (&rows)[lanes]) {
+#pragma GCC unroll 4
+    for (int size = 1; size < lanes; size *= 2) {
+        VectorBits upper{}, lower{};
+#pragma GCC unroll 16
+        for (int lane = 0; lane < lanes; ++lane) {
+            upper[lane] = static_cast<std::uint32_t>(lane & size ? lanes + lane - size : lane);
+            lower[lane] = static_cast<std::uint32_t>(lane & size ? lanes + lane : lane + size);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < lanes; ++i) {
+            if (i & size) continue;
+            const Vector above = rows[i], below = rows[i + size];
+            rows[i] = __builtin_shuffle(above, below, upper);
+            rows[i + size] = __builtin_shuffle(above, below, lower);
+        }
+    }
 }
 
 inline Vector leaky_relu(Vector x, Leaky leaky) {

@@ -79,6 +79,7 @@ void transform_segment(const Source& source, Pixel origin, const Segment& segmen
                 const T* pixel = image + start * row_stride + (left + x) * source.channels + c;
                 Vector d[points];
                 if (from == 0 && until == points && count >= lanes) {
+                    for (int y = 0; y < points; ++y) prefetch(pixel + y * step * row_stride + lanes);
                     for (int y = 0; y < points; ++y)
                         d[y] = activate<kind>(load_vector(pixel + y * step * row_stride), scale, shift, leaky);
                 } else {
@@ -122,6 +123,7 @@ void transform_output_segment(const Source& source, const Segment& segment, cons
         for (Index x = 0; x < width; ++x) {
             const T* pixel = image + top * row_stride + (left + x) * source.channels + c;
             Vector d[tile];
+            for (int y = 0; y < tile; ++y) prefetch(pixel + y * row_stride + lanes);
             for (int y = 0; y < tile; ++y)
                 d[y] = left + x < source.width && top + y < source.height
                            ? activate<kind>(load_lanes(pixel + y * row_stride, count), scale, shift, leaky)

@@ -20,13 +20,15 @@ struct Destination {
     PendingActivation pending;  // backward: of the tensor whose gradient this is
     const float* mean;          // backward: [G, channels] or null
     float negative_slope;       // forward: of the activation that the statistics come after
+    bool streams;               // past the cache, where whole vectors are written
 
     Map phase_map(Pixel phase) const {
         return {ceiling(height - phase.row, step), ceiling(width - phase.column, step)};
     }
 };
 
-constexpr int line_vectors = 16 / lanes;  // of a cache line: written together, so that a line is fetched once
+constexpr int strip_vectors =
+    64 / lanes;  // of channels: written one after the other, so that a pixel's lines are filled together
 
 // Per-channel values of a vector of the output's channels, and the sums kept of it.
 struct Channels {
@@ -75,7 +77,8 @@ inline __attribute__((always_inline)) void emit(Vector value, const Destination&
         square += d * d;
     }
     T* pixel = static_cast<T*>(to.pixels) + position;
-    whole ? store_vector(pixel, value) : store_lanes(pixel, value, of.count);
+    if (!whole) return store_lanes(pixel, value, of.count);
+    to.streams ? stream_vector(pixel, value) : store_vector(pixel, value);
 }
 
 // A tile, height × width of which exist, from its half-transformed rows. The sums of a tile are kept in registers.
@@ -85,6 +88,11 @@ inline void write_tile(const Vector (&rows)[tile][points], const Destination& to
     const Index pixel_stride = to.step * to.channels, row_stride = to.width * pixel_stride;
     Vector sum{}, square{};
     if (height == tile && width == tile && of.count >= lanes) {
+        if (goes_backward<kind>)  // the next tile's, too far apart for the processor to foresee
+            for (int y = 0; y < tile; ++y)
+                for (int x = 0; x < tile; ++x)
+                    prefetch(static_cast<const T*>(to.pending.stored) + corner + y * row_stride +
+                             (tile + x) * pixel_stride);
 #pragma GCC unroll 4
         for (int y = 0; y < tile; ++y) {
             Vector v[tile];
@@ -126,10 +134,10 @@ void write_block(const Destination& to, Pixel phase, const Tiles& tiles, Index f
     const Leaky leaky(goes_backward<kind> ? to.pending.negative_slope : to.negative_slope);
     const Map map = to.phase_map(phase);
     const Index group = tiles.segment(first_segment).image / to.group_images;
-    for (Index line = begin; line < end; line += line_vectors * lanes) {
-        const Index vectors = smaller(line_vectors, ceiling(end - line, lanes));
-        Channels channels[line_vectors];
-        for (Index i = 0; i < vectors; ++i) channels[i] = channels_of<kind>(to, group, line + i * lanes, end);
+    for (Index strip = begin; strip < end; strip += strip_vectors * lanes) {
+        const Index vectors = smaller(strip_vectors, ceiling(end - strip, lanes));
+        Channels channels[strip_vectors];
+        for (Index i = 0; i < vectors; ++i) channels[i] = channels_of<kind>(to, group, strip + i * lanes, end);
         Index pixels = 0, t = first_tile;
         for (Index index = first_segment; index < last_segment; ++index) {
             const Segment segment = tiles.segment(index);
@@ -138,9 +146,9 @@ void write_block(const Destination& to, Pixel phase, const Tiles& tiles, Index f
             for (Index column = segment.column; column < segment.column + segment.tiles; ++column, ++t) {
                 const Index width = inside(map.width, column);
                 if (height * width == 0) continue;
-                const Index corner = (row * to.width + to.step * column * tile + phase.column) * to.channels + line;
+                const Index corner = (row * to.width + to.step * column * tile + phase.column) * to.channels + strip;
                 for (Index i = 0; i < vectors; ++i) {
-                    const float* m = from.at(t, line - begin + i * lanes);
+                    const float* m = from.at(t, strip - begin + i * lanes);
                     Vector rows[tile][points];
                     for (int x = 0; x < points; ++x) {
                         Vector d[points], v[tile];
@@ -161,7 +169,7 @@ void write_block(const Destination& to, Pixel phase, const Tiles& tiles, Index f
         for (Index i = 0; i < vectors; ++i) {
             const Channels& of = channels[i];
             for (Index lane = 0; lane < smaller(lanes, of.count); ++lane) {
-                const Index c = line + i * lanes + lane;
+                const Index c = strip + i * lanes + lane;
                 const double s = static_cast<double>(of.sum[lane]), q = static_cast<double>(of.square[lane]);
                 sums[c] = takes_statistics<kind> ? static_cast<double>(of.pivot[lane]) + s / n : s;
                 sums[to.channels + c] = takes_statistics<kind> ? q - s * s / n : q;

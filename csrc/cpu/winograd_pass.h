@@ -22,7 +22,7 @@ constexpr Index block_input_bytes = 384 << 10;  // of the transformed input of a
 constexpr Index block_tiles_least = 24;
 constexpr Index block_tiles_most = 48;
 constexpr Index wave_weight_bytes = 8 << 20;    // of a phase's transformed weight: from here on waves are faster
-constexpr Index wave_output_bytes = 384 << 10;  // of the products that a thread has in its cache
+constexpr Index wave_output_bytes = 900 << 10;  // of the products that a thread has in its cache
 
 // What one output phase is made of: where the first tap of its first output reads, and the taps.
 struct Phase {
@@ -86,6 +86,13 @@ inline void multiply(const Transformed& v, const Transformed& m, Index f, Index 
     k > 0 ? product<true>(p, count, width, channel_slice) : product<false>(p, count, width, channel_slice);
 }
 
+// Whether the output goes past the cache: whole lines of an array of which little would still be there when it is read.
+inline bool streams(const Destination& to, Dtype dtype, Index images) {
+    const Index bytes = images * to.height * to.width * to.channels * static_cast<Index>(sizeof(float));
+    return dtype == Dtype::float32 && vector_is_line<float> && to.channels % lanes == 0 &&
+           reinterpret_cast<std::uintptr_t>(to.pixels) % 64 == 0 && 4 * bytes >= cache_bytes();
+}
+
 // A thread's share of the channels of every group: sums of the group's first part become those of all its parts.
 template <class Finish>
 void finish_slice(const Parts& parts, Finish finish, Index thread, Index team) {
@@ -102,7 +109,8 @@ void run_blocks(const Pass& pass, const Tiles& tiles, const Blocks& blocks, int 
     const Destination& to = pass.destination;
     const Index depth = depth_of<step>(pass.walk.taps), columns = whole_vectors(to.channels);
     // Parts of the output's channels, where blocks are too few to go round.
-    const Index panels = ceiling(columns, tile_columns), phased_blocks = blocks.count * pass.walk.phase_count;
+    const Index depth_vectors = ceiling(depth, lanes), panels = ceiling(columns, tile_columns);
+    const Index phased_blocks = blocks.count * pass.walk.phase_count;
     const Index splits = smaller(panels, ceiling(2 * threads, phased_blocks));
     const Index split_columns = ceiling(panels, splits) * tile_columns;
 
@@ -125,14 +133,14 @@ void run_blocks(const Pass& pass, const Tiles& tiles, const Blocks& blocks, int 
         const Index thread = omp_get_thread_num(), team = omp_get_num_threads();
         v.values = reinterpret_cast<float*>(scratch + static_cast<std::size_t>(thread) * room);
         m.values = v.values + Workspace::padded(v.bytes()) / sizeof(float);
-        const Index begin = depth * thread / team, end = depth * (thread + 1) / team;
-        for (Index phase = 0; phase < pass.walk.phase_count; ++phase)
-            for (Index panel = 0; panel < columns; panel += tile_columns) {
-                const Index width = smaller(tile_columns, columns - panel);
-                transform_weight<taps, step>(pass.walk.taps, pass.walk.phases[phase].weight, begin, end, panel, width,
-                                             u + phase * u_phase + panel * depth + begin * width, u_frequency);
-            }
-#pragma omp barrier
+#pragma omp for schedule(static)
+        for (Index item = 0; item < pass.walk.phase_count * panels * depth_vectors; ++item) {
+            const Index begin = item % depth_vectors * lanes, end = smaller(depth, begin + lanes);
+            const Index panel = item / depth_vectors % panels * tile_columns, phase = item / (depth_vectors * panels);
+            const Index width = smaller(tile_columns, columns - panel);
+            transform_weight<taps, step>(pass.walk.taps, pass.walk.phases[phase].weight, begin, end, panel, width,
+                                         u + phase * u_phase + panel * depth + begin * width, u_frequency);
+        }
 #pragma omp for schedule(dynamic, 1)
         for (Index item = 0; item < phased_blocks * splits; ++item) {
             const Index split = item % splits, part = item / splits;
@@ -156,6 +164,7 @@ void run_blocks(const Pass& pass, const Tiles& tiles, const Blocks& blocks, int 
                       parts.of(block, number));
             }
         }
+        if (to.streams) stream_fence();
         finish_slice(parts, finish, thread, team);
     }
 }
@@ -224,6 +233,7 @@ void run_waves(const Pass& pass, const Tiles& tiles, const Blocks& blocks, int t
                           parts.of(b, number));
             }
         }
+        if (to.streams) stream_fence();
         finish_slice(parts, finish, thread, team);
     }
 }
@@ -299,11 +309,13 @@ void forward(const ConvolutionForward& args, const Walk& walk, int threads) {
                args.bias,
                {},
                nullptr,
-               statistics.negative_slope},
+               statistics.negative_slope,
+               false},
               walk,
               s.groups,
               s.dtype,
               Output::plain};
+    pass.destination.streams = streams(pass.destination, s.dtype, s.batch);
     if (statistics.scale) pass.kind = statistics.activation_first ? Output::activation_statistics : Output::statistics;
     run<taps, step>(pass, s.batch, threads, [&](const Parts& parts, Index group, Index begin, Index end) {
         if (statistics.scale) finish_statistics(statistics, parts, group, begin, end);
@@ -314,13 +326,14 @@ template <int taps, int step>
 void backward_input(const ConvolutionBackwardInput& args, const Walk& walk, int threads) {
     const ConvolutionShape& s = args.shape;
     const Index images = s.batch / s.groups;
-    Pass pass{
-        {written(args.grad_output), s.out_height, s.out_width, s.out_channels, images},
-        {args.grad_input, s.height, s.width, s.in_channels, images, walk.step(), nullptr, args.input, args.mean, 1.0f},
-        walk,
-        s.groups,
-        s.dtype,
-        Output::plain};
+    Pass pass{{written(args.grad_output), s.out_height, s.out_width, s.out_channels, images},
+              {args.grad_input, s.height, s.width, s.in_channels, images, walk.step(), nullptr, args.input, args.mean,
+               1.0f, false},
+              walk,
+              s.groups,
+              s.dtype,
+              Output::plain};
+    pass.destination.streams = streams(pass.destination, s.dtype, s.batch);
     if (args.input.scale) pass.kind = args.input.activation_first ? Output::kink_affine : Output::affine_kink;
     run<taps, step>(pass, s.batch, threads, [&](const Parts& parts, Index group, Index begin, Index end) {
         if (args.input.scale && args.sum) finish_sums(args, parts, group, begin, end);

@@ -32,65 +32,114 @@ constexpr Index phase_offset(const Taps& taps, Index phase) {
     return phase / step * (taps.row / step) + phase % step * (taps.column / step);
 }
 
+// One tap of `lanes` channels k, a vector of columns n each.
+using TapBlock = Vector[lanes];
+
+// Visits the weight in the order in which it lies in memory: the taps of `channels` channels from `first` on and
+// `columns` columns, at most `lanes` of each. Of a vector along the columns (or the channels) only that many lanes
+// exist.
+template <int taps, class ByColumns, class ByChannels, class Single>
+[[gnu::always_inline]] inline void walk_taps(const Taps& w, Index channels, Index columns, ByColumns by_columns,
+                                             ByChannels by_channels, Single single) {
+    if (w.n == 1) {
+        for (Index k = 0; k < channels; ++k)
+            for (int tap = 0; tap < taps * taps; ++tap)
+                by_columns(tap, k, k * w.k + tap / taps * w.row + tap % taps * w.column);
+    } else if (w.k == 1) {
+        for (int tap = 0; tap < taps * taps; ++tap) by_channels(tap, tap / taps * w.row + tap % taps * w.column);
+    } else {
+        for (Index n = 0; n < columns; ++n)
+            for (Index k = 0; k < channels; ++k)
+                for (int tap = 0; tap < taps * taps; ++tap)
+                    single(tap, k, n, n * w.n + k * w.k + tap / taps * w.row + tap % taps * w.column);
+    }
+}
+
+// Taps and columns that there are not are zero.
+template <int taps>
+void load_taps(const Taps& w, const float* first, Index channels, Index columns, TapBlock (&block)[taps * taps]) {
+    if (channels < lanes || columns < lanes)
+        for (TapBlock& tap : block)
+            for (Vector& v : tap) v = Vector{};
+    walk_taps<taps>(
+        w, channels, columns, [&](int tap, Index k, Index at) { block[tap][k] = load_lanes(first + at, columns); },
+        [&](int tap, Index at) {
+            for (Index n = 0; n < columns; ++n) block[tap][n] = load_lanes(first + at + n * w.n, channels);
+            transpose(block[tap]);
+        },
+        [&](int tap, Index k, Index n, Index at) { reinterpret_cast<float*>(&block[tap][k])[n] = first[at]; });
+}
+
+template <int taps>
+void store_taps(const Taps& w, float* first, Index channels, Index columns, TapBlock (&block)[taps * taps]) {
+    walk_taps<taps>(
+        w, channels, columns, [&](int tap, Index k, Index at) { store_lanes(first + at, block[tap][k], columns); },
+        [&](int tap, Index at) {
+            transpose(block[tap]);
+            for (Index n = 0; n < columns; ++n) store_lanes(first + at + n * w.n, block[tap][n], channels);
+        },
+        [&](int tap, Index k, Index n, Index at) { first[at] = reinterpret_cast<const float*>(&block[tap][k])[n]; });
+}
+
 // U = G w Gᵀ for k in [begin, end) and columns [panel, panel + width), as rows of `width`. Rows and columns past the
-// weight's are zero.
+// weight's are zero. `begin` is a multiple of `lanes`.
 template <int taps, int step>
 void transform_weight(const Taps& w, const float* values, Index begin, Index end, Index panel, Index width, float* u,
                       Index frequency) {
     constexpr int points = points_of<taps>;
-    for (Index k = begin; k < end; ++k) {
-        const Index channel = channel_at<step>(k);
-        const float* row = values + channel * w.k + phase_offset<step>(w, phase_at<step>(k));
+    for (Index first = begin; first < end; first += lanes) {
+        const Index channel = channel_at<step>(first), rows = smaller(lanes, end - first);
+        const float* row = values + channel * w.k + phase_offset<step>(w, phase_at<step>(first));
         for (Index n = panel; n < panel + width; n += lanes) {
-            float gathered[taps * taps][lanes] = {};
-            const Index count = channel < w.channels ? smaller(lanes, w.columns - n) : 0;
-            for (Index lane = 0; lane < count; ++lane)
-                for (int y = 0; y < taps; ++y)
-                    for (int x = 0; x < taps; ++x)
-                        gathered[y * taps + x][lane] = row[(n + lane) * w.n + y * w.row + x * w.column];
-            Vector rows[taps][points];
-            for (int y = 0; y < taps; ++y) {
-                Vector d[taps];
-                for (int x = 0; x < taps; ++x) d[x] = load_vector(gathered[y * taps + x]);
-                transform_taps(d, rows[y]);
-            }
-            float* destination = u + (k - begin) * width + (n - panel);
-            for (int x = 0; x < points; ++x) {
-                Vector d[taps], v[points];
-                for (int y = 0; y < taps; ++y) d[y] = rows[y][x];
-                transform_taps(d, v);
-                for (int y = 0; y < points; ++y) store_vector(destination + (y * points + x) * frequency, v[y]);
+            TapBlock block[taps * taps];
+            load_taps<taps>(w, row + n * w.n, smaller(lanes, w.channels - channel), smaller(lanes, w.columns - n),
+                            block);
+            for (Index k = 0; k < rows; ++k) {
+                Vector half[taps][points];
+                for (int y = 0; y < taps; ++y) {
+                    Vector d[taps];
+                    for (int x = 0; x < taps; ++x) d[x] = block[y * taps + x][k];
+                    transform_taps(d, half[y]);
+                }
+                float* destination = u + (first + k - begin) * width + (n - panel);
+                for (int x = 0; x < points; ++x) {
+                    Vector d[taps], v[points];
+                    for (int y = 0; y < taps; ++y) d[y] = half[y][x];
+                    transform_taps(d, v);
+                    for (int y = 0; y < points; ++y) store_vector(destination + (y * points + x) * frequency, v[y]);
+                }
             }
         }
     }
 }
 
-// dw = Gᵀ dU G for k in [begin, end) and columns [column, column + width). The rows of dU are `u_row` apart.
+// dw = Gᵀ dU G for k in [begin, end) and columns [column, column + width). The rows of dU are `u_row` apart. `begin` is
+// a multiple of `lanes`.
 template <int taps, int step>
 void write_weight_gradient(const Taps& w, float* values, Index begin, Index end, Index column, Index width,
                            const float* u, Index u_row, Index frequency) {
     constexpr int points = points_of<taps>;
-    for (Index k = begin; k < end; ++k) {
-        const Index channel = channel_at<step>(k);
-        if (channel >= w.channels) continue;
-        float* row = values + channel * w.k + phase_offset<step>(w, phase_at<step>(k));
-        for (Index n = 0; n < width; n += lanes) {
-            const float* from = u + (k - begin) * u_row + n;
-            Vector half[taps][points];
-            for (int x = 0; x < points; ++x) {
-                Vector d[points], v[taps];
-                for (int y = 0; y < points; ++y) d[y] = load_vector(from + (y * points + x) * frequency);
-                transform_taps_grad(d, v);
-                for (int y = 0; y < taps; ++y) half[y][x] = v[y];
+    for (Index first = begin; first < end; first += lanes) {
+        const Index channel = channel_at<step>(first), channels = smaller(lanes, w.channels - channel);
+        float* row = values + channel * w.k + phase_offset<step>(w, phase_at<step>(first));
+        for (Index n = column; n < column + width; n += lanes) {
+            TapBlock block[taps * taps];
+            for (Index k = 0; k < channels; ++k) {
+                const float* from = u + (first + k - begin) * u_row + (n - column);
+                Vector half[taps][points];
+                for (int x = 0; x < points; ++x) {
+                    Vector d[points], v[taps];
+                    for (int y = 0; y < points; ++y) d[y] = load_vector(from + (y * points + x) * frequency);
+                    transform_taps_grad(d, v);
+                    for (int y = 0; y < taps; ++y) half[y][x] = v[y];
+                }
+                for (int y = 0; y < taps; ++y) {
+                    Vector v[taps];
+                    transform_taps_grad(half[y], v);
+                    for (int x = 0; x < taps; ++x) block[y * taps + x][k] = v[x];
+                }
             }
-            const Index count = smaller(lanes, w.columns - column - n);
-            for (int y = 0; y < taps; ++y) {
-                Vector v[taps];
-                transform_taps_grad(half[y], v);
-                for (int x = 0; x < taps; ++x)
-                    for (Index lane = 0; lane < count; ++lane)
-                        row[(column + n + lane) * w.n + y * w.row + x * w.column] = v[x][lane];
-            }
+            store_taps<taps>(w, row + n * w.n, channels, smaller(lanes, w.columns - n), block);
         }
     }
 }

@@ -91,8 +91,8 @@ void weight_gradient(const WeightGradient& args, Index images, int threads) {
         }
         if (!at_once) {
 #pragma omp for schedule(static)
-            for (Index row = 0; row < pieces * v.width; ++row)
-                write(row / v.width, row % v.width, row % v.width + 1, piece_of(row / v.width));
+            for (Index row = 0; row < pieces * v.width; row += lanes)
+                write(row / v.width, row % v.width, row % v.width + lanes, piece_of(row / v.width));
         }
     }
 }

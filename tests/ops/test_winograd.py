@@ -323,6 +323,22 @@ def test_same_arguments_give_the_same_bits(threads, name, count):
         assert torch.equal(again, first[name]), name
 
 
+def test_output_too_large_for_the_cache_has_the_bits_of_its_parts(threads):
+    """Such outputs are written past the cache."""
+    threads(2)
+    of = Arguments(
+        Case(images=64, in_channels=16, out_channels=32, height=64, width=64, weight_format=torch.channels_last)
+    )
+    whole = winograd.forward(of.case.geometry, of.pending, of.weight, None)
+    assert whole.nbytes >= 32 << 20
+    gradient, _ = winograd.backward_input(of.case.geometry, whole, of.weight, of.pending)
+    for images in torch.arange(64).split(8):
+        part = of.pending._replace(stored=of.stored[images])
+        output = winograd.forward(of.case.geometry, part, of.weight, None)
+        assert torch.equal(output, whole[images])
+        assert torch.equal(winograd.backward_input(of.case.geometry, output, of.weight, part)[0], gradient[images])
+
+
 @pytest.mark.parametrize("activation_first", [False, True])
 def test_statistics_are_turned_into_the_next_layers_scale_and_shift(activation_first):
     case = Case(out_channels=21, groups=2, statistics_of_activation=activation_first)
