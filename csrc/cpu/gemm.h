@@ -17,6 +17,37 @@ constexpr int tile_rows = 12 / vectors;
 #endif
 constexpr Index tile_columns = tile_vectors * lanes;
 
+// Of what a and b are made, in words of 32 bits: floats, or two 16-bit integers each that are neighbours along the sum.
+template <bool integers>
+struct Words {
+    using Values = Vector;
+    static Values load(const float* words) { return load_vector(words); }
+    static Values repeat(const float* word) { return broadcast(*word); }
+    static void multiply_add(Values& sum, Values left, Values right) { sum += left * right; }
+    static Vector scaled(Values sum, Vector) { return sum; }
+};
+
+#if defined(__AVX512F__)
+template <>
+struct Words<true> {
+    using Values = VectorInts;
+    static Values load(const float* words) {
+        Values result;
+        std::memcpy(&result, words, sizeof result);
+        return result;
+    }
+    static Values repeat(const float* word) {
+        std::int32_t bits;
+        std::memcpy(&bits, word, sizeof bits);
+        return bits + Values{};
+    }
+    static void multiply_add(Values& sum, Values left, Values right) {
+        asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(left), "v"(right));  // only where has_int16_products()
+    }
+    static Vector scaled(Values sum, Vector scale) { return __builtin_convertvector(sum, Vector) * scale; }
+};
+#endif
+
 struct Product {
     const float* a;  // a[row*a_row + k*a_depth]
     Index a_row, a_depth;
@@ -24,27 +55,30 @@ struct Product {
     Index b_depth;
     float* c;  // c[row*c_row + column]
     Index c_row;
-    Index depth;
+    Index depth;                                // in words
+    const float *row_scale{}, *column_scale{};  // of integers: what one in a row of a, or in a column of b, stands for
+    Index row_scale_stride{};
 };
 
 // Not inlined: registers are all the accumulators', whatever surrounds a call.
-template <int rows, int vectors, bool accumulate>
+template <int rows, int vectors, bool integers, bool accumulate>
 [[gnu::noinline]] void product_tile(const Product& p, Index row, Index column) {
-    Vector sum[rows][vectors] = {};
+    using W = Words<integers>;
+    typename W::Values sum[rows][vectors] = {};
     // A pointer reaches three rows by addressing modes alone, so that no register is spilled.
     const float* a[(rows + 2) / 3];
 #pragma GCC unroll 4
     for (int i = 0; i < (rows + 2) / 3; ++i) a[i] = p.a + (row + 3 * i) * p.a_row;
     const float* b = p.b + column;
     for (Index k = 0; k < p.depth; ++k, b += p.b_depth) {
-        Vector right[vectors];
+        typename W::Values right[vectors];
 #pragma GCC unroll 4
-        for (int v = 0; v < vectors; ++v) right[v] = load_vector(b + v * lanes);
+        for (int v = 0; v < vectors; ++v) right[v] = W::load(b + v * lanes);
 #pragma GCC unroll 12
         for (int r = 0; r < rows; ++r) {
-            const Vector left = broadcast(a[r / 3][r % 3 * p.a_row]);
+            const typename W::Values left = W::repeat(a[r / 3] + r % 3 * p.a_row);
 #pragma GCC unroll 4
-            for (int v = 0; v < vectors; ++v) sum[r][v] += left * right[v];
+            for (int v = 0; v < vectors; ++v) W::multiply_add(sum[r][v], left, right[v]);
         }
 #pragma GCC unroll 4
         for (const float*& rows_of_a : a) rows_of_a += p.a_depth;
@@ -55,50 +89,55 @@ template <int rows, int vectors, bool accumulate>
     for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; ++v) {
+            Vector scale{};
+            if (integers)
+                scale = p.row_scale[(row + r) * p.row_scale_stride] * load_vector(p.column_scale + column + v * lanes);
+            const Vector value = W::scaled(sum[r][v], scale);
             float* destination = c + r * c_row + v * lanes;
-            store_vector(destination, accumulate ? load_vector(destination) + sum[r][v] : sum[r][v]);
+            store_vector(destination, accumulate ? load_vector(destination) + value : value);
         }
 }
 
 // The last rows, fewer than a tile has.
-template <int rows, int vectors, bool accumulate>
+template <int rows, int vectors, bool integers, bool accumulate>
 inline void product_rest(const Product& p, Index rest, Index row, Index column) {
-    if (rest == rows) return product_tile<rows, vectors, accumulate>(p, row, column);
-    if constexpr (rows > 1) product_rest<rows - 1, vectors, accumulate>(p, rest, row, column);
+    if (rest == rows) return product_tile<rows, vectors, integers, accumulate>(p, row, column);
+    if constexpr (rows > 1) product_rest<rows - 1, vectors, integers, accumulate>(p, rest, row, column);
 }
 
-template <int vectors, bool accumulate>
+template <int vectors, bool integers, bool accumulate>
 inline void product_column(const Product& p, Index rows, Index column) {
     constexpr int whole = tile_rows<vectors>;
     Index row = 0;
-    for (; row + whole <= rows; row += whole) product_tile<whole, vectors, accumulate>(p, row, column);
-    if (row < rows) product_rest<whole - 1, vectors, accumulate>(p, rows - row, row, column);
+    for (; row + whole <= rows; row += whole) product_tile<whole, vectors, integers, accumulate>(p, row, column);
+    if (row < rows) product_rest<whole - 1, vectors, integers, accumulate>(p, rows - row, row, column);
 }
 
 // The last vectors of a row, fewer than a tile has.
-template <int vectors, bool accumulate>
+template <int vectors, bool integers, bool accumulate>
 inline void product_last_column(const Product& p, Index rows, Index rest, Index column) {
-    if (rest == vectors) return product_column<vectors, accumulate>(p, rows, column);
-    if constexpr (vectors > 1) product_last_column<vectors - 1, accumulate>(p, rows, rest, column);
+    if (rest == vectors) return product_column<vectors, integers, accumulate>(p, rows, column);
+    if constexpr (vectors > 1) product_last_column<vectors - 1, integers, accumulate>(p, rows, rest, column);
 }
 
-template <bool accumulate>
+template <bool integers, bool accumulate>
 inline void product_slice(const Product& p, Index rows, Index columns) {
     Index column = 0;
     for (; column + tile_columns <= columns; column += tile_columns)
-        product_column<tile_vectors, accumulate>(p, rows, column);
+        product_column<tile_vectors, integers, accumulate>(p, rows, column);
     if (column < columns)
-        product_last_column<tile_vectors - 1, accumulate>(p, rows, (columns - column) / lanes, column);
+        product_last_column<tile_vectors - 1, integers, accumulate>(p, rows, (columns - column) / lanes, column);
 }
 
-// c = a·b, or c += a·b; `columns` is a multiple of `lanes`. Each sum starts from zero every `slice` terms: rounding
-// errors grow with the length of a chain of additions.
-template <bool accumulate>
+// c = a·b, or c += a·b; `columns` is a multiple of `lanes`. Each sum starts from zero every `slice` words: rounding
+// errors grow with the length of a chain of additions, and integers overflow.
+template <bool integers, bool accumulate>
 inline void product(Product p, Index rows, Index columns, Index slice) {
     const Index depth = p.depth;
     for (Index k = 0; k < depth; k += slice) {
         p.depth = smaller(slice, depth - k);
-        accumulate || k > 0 ? product_slice<true>(p, rows, columns) : product_slice<false>(p, rows, columns);
+        accumulate || k > 0 ? product_slice<integers, true>(p, rows, columns)
+                            : product_slice<integers, false>(p, rows, columns);
         p.a += p.depth * p.a_depth;
         p.b += p.depth * p.b_depth;
     }

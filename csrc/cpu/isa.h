@@ -11,6 +11,9 @@ Isa selected_isa();
 
 const char* isa_name(Isa isa);
 
+// Whether one instruction adds products of 16-bit pairs to 32-bit sums in registers of 512 bits (AVX512-VNNI).
+bool has_int16_products();
+
 }  // namespace ganvas::cpu
 
 // Kernel sources are compiled once per instruction set, each time into a namespace of its own (GANVAS_ISA names it).

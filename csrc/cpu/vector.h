@@ -19,6 +19,7 @@ constexpr int lanes = 4;
 
 typedef float Vector __attribute__((vector_size(lanes * 4)));
 typedef std::uint32_t VectorBits __attribute__((vector_size(lanes * 4)));
+typedef std::int32_t VectorInts __attribute__((vector_size(lanes * 4)));
 typedef std::uint16_t VectorHalves __attribute__((vector_size(lanes * 2)));
 
 inline Vector broadcast(float value) {

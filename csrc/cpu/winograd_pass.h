@@ -10,8 +10,8 @@
 #include <omp.h>
 
 #include "parallel.h"
+#include "winograd_factors.h"
 #include "winograd_output.h"
-#include "winograd_weight.h"
 #include "workspace.h"
 
 namespace ganvas::cpu::GANVAS_ISA {
@@ -21,6 +21,7 @@ constexpr Index block_columns = 64;             // output channels of a block
 constexpr Index block_input_bytes = 384 << 10;  // of the transformed input of a block
 constexpr Index block_tiles_least = 24;
 constexpr Index block_tiles_most = 48;
+constexpr Index integer_columns_least = 48;     // output channels: below, rounding the input costs more than it saves
 constexpr Index wave_weight_bytes = 8 << 20;    // of a phase's transformed weight: from here on waves are faster
 constexpr Index wave_output_bytes = 900 << 10;  // of the products that a thread has in its cache
 
@@ -78,12 +79,23 @@ struct Parts {
     }
 };
 
-// M[f] = V[f]·U[f], or M[f] += if k > 0, for `count` tiles, `depth` numbers k of each and `width` columns.
-inline void multiply(const Transformed& v, const Transformed& m, Index f, Index count, Index k, Index depth,
-                     const float* u, Index width, Index column) {
-    const Product p{v.at(0, k) + f * v.frequency,      v.width, 1,    u, width,
-                    m.at(0, column) + f * m.frequency, m.width, depth};
-    k > 0 ? product<true>(p, count, width, channel_slice) : product<false>(p, count, width, channel_slice);
+// M[f] = V[f]·U[f], or M[f] += if k > 0, for `count` tiles, `depth` words of each from k on, and `width` columns.
+template <bool integers>
+inline void multiply(const Left<integers>& v, const Transformed& m, Index f, Index count, Index k, Index depth,
+                     const float* u, const float* scales, Index width, Index column) {
+    const Product p{v.words.at(0, k) + f * v.words.frequency,
+                    v.words.width,
+                    1,
+                    u,
+                    width,
+                    m.at(0, column) + f * m.frequency,
+                    m.width,
+                    depth,
+                    v.scales + f,
+                    scales,
+                    v.scale_stride};
+    constexpr Index slice = integers ? integer_slice : channel_slice;
+    k > 0 ? product<integers, true>(p, count, width, slice) : product<integers, false>(p, count, width, slice);
 }
 
 // Whether the output goes past the cache: whole lines of an array of which little would still be there when it is read.
@@ -103,26 +115,25 @@ void finish_slice(const Parts& parts, Finish finish, Index thread, Index team) {
 
 // Each thread takes a block of tiles through transform, products and inverse transform while it lies in its cache. The
 // transformed weight is made first and shared.
-template <int taps, int step, class Finish>
+template <int taps, int step, bool integers, class Finish>
 void run_blocks(const Pass& pass, const Tiles& tiles, const Blocks& blocks, int threads, Finish finish) {
     constexpr Index frequencies = points_of<taps> * points_of<taps>;
     const Destination& to = pass.destination;
     const Index depth = depth_of<step>(pass.walk.taps), columns = whole_vectors(to.channels);
     // Parts of the output's channels, where blocks are too few to go round.
-    const Index depth_vectors = ceiling(depth, lanes), panels = ceiling(columns, tile_columns);
-    const Index phased_blocks = blocks.count * pass.walk.phase_count;
+    const Index panels = ceiling(columns, tile_columns), phased_blocks = blocks.count * pass.walk.phase_count;
     const Index splits = smaller(panels, ceiling(2 * threads, phased_blocks));
     const Index split_columns = ceiling(panels, splits) * tile_columns;
 
-    Transformed v(frequencies, blocks.room(tiles), depth);
+    Left<integers> v(frequencies, blocks.room(tiles), depth);
     Transformed m(frequencies, blocks.room(tiles), smaller(block_columns, split_columns));
-    const Index u_frequency = depth * columns + stagger, u_phase = frequencies * u_frequency;
-    const std::size_t u_bytes = static_cast<std::size_t>(pass.walk.phase_count * u_phase) * sizeof(float);
+    Right<taps, step, integers> u(pass.walk.taps, columns, pass.walk.phase_count);
     const std::size_t sum_bytes = Parts::bytes(pass, blocks);
-    const std::size_t room = Workspace::padded(v.bytes()) + Workspace::padded(m.bytes());
-    Workspace workspace(Workspace::padded(u_bytes) + Workspace::padded(sum_bytes) +
+    const std::size_t room = v.bytes() + v.segment_bytes() + Workspace::padded(m.bytes());
+    Workspace workspace(u.bytes() + u.scale_bytes() + Workspace::padded(sum_bytes) +
                         room * static_cast<std::size_t>(threads));
-    float* const u = static_cast<float*>(workspace.take(u_bytes));
+    u.values = static_cast<float*>(workspace.take(u.bytes()));
+    u.scales = static_cast<float*>(workspace.take(u.scale_bytes()));
     const Parts parts{pass, tiles, blocks, static_cast<double*>(workspace.take(sum_bytes))};
     char* const scratch = static_cast<char*>(workspace.take(room * static_cast<std::size_t>(threads)));
     const TransformSegment transform = transform_of<taps, step>(pass.dtype, activation_of(pass.source.pixels));
@@ -131,15 +142,21 @@ void run_blocks(const Pass& pass, const Tiles& tiles, const Blocks& blocks, int 
 #pragma omp parallel num_threads(threads) firstprivate(v, m)
     {
         const Index thread = omp_get_thread_num(), team = omp_get_num_threads();
-        v.values = reinterpret_cast<float*>(scratch + static_cast<std::size_t>(thread) * room);
-        m.values = v.values + Workspace::padded(v.bytes()) / sizeof(float);
+        char* const own = scratch + static_cast<std::size_t>(thread) * room;
+        v.place(own, own + v.bytes());
+        m.values = reinterpret_cast<float*>(own + v.bytes() + v.segment_bytes());
+        if constexpr (integers) {
 #pragma omp for schedule(static)
-        for (Index item = 0; item < pass.walk.phase_count * panels * depth_vectors; ++item) {
-            const Index begin = item % depth_vectors * lanes, end = smaller(depth, begin + lanes);
-            const Index panel = item / depth_vectors % panels * tile_columns, phase = item / (depth_vectors * panels);
-            const Index width = smaller(tile_columns, columns - panel);
-            transform_weight<taps, step>(pass.walk.taps, pass.walk.phases[phase].weight, begin, end, panel, width,
-                                         u + phase * u_phase + panel * depth + begin * width, u_frequency);
+            for (Index item = 0; item < pass.walk.phase_count * panels; ++item)
+                u.measure(item / panels, pass.walk.phases[item / panels].weight, item % panels * tile_columns);
+        }
+        const Index pieces = ceiling(u.words, lanes);
+#pragma omp for schedule(static)
+        for (Index item = 0; item < pass.walk.phase_count * panels * pieces; ++item) {
+            const Index phase = item / (pieces * panels), panel = item / pieces % panels * tile_columns;
+            const Index k = item % pieces * lanes;
+            u.fill(phase, pass.walk.phases[phase].weight, panel, k, smaller(u.words, k + lanes),
+                   u.at(phase, 0, panel, k), u.frequency);
         }
 #pragma omp for schedule(dynamic, 1)
         for (Index item = 0; item < phased_blocks * splits; ++item) {
@@ -148,17 +165,16 @@ void run_blocks(const Pass& pass, const Tiles& tiles, const Blocks& blocks, int 
             const Phase& phase = pass.walk.phases[number];
             const Index first = blocks.first(block), last = blocks.last(block), origin = tiles.before(first);
             for (Index s = first; s < last; ++s)
-                transform(pass.source, phase.origin, tiles.segment(s), v, tiles.before(s) - origin);
+                v.take(transform, pass.source, phase.origin, tiles.segment(s), tiles.before(s) - origin);
             const Index split_end = smaller(columns, (split + 1) * split_columns);
             for (Index from = split * split_columns; from < split_end; from += m.width) {
                 const Index until = smaller(split_end, from + m.width);
                 for (Index f = 0; f < frequencies; ++f)
                     for (Index panel = from; panel < until; panel += tile_columns) {
-                        const Index width = smaller(tile_columns, until - panel);
-                        const float* right = u + number * u_phase + f * u_frequency + panel * depth;
-                        for (Index k = 0; k < depth; k += v.width)
-                            multiply(v, m, f, tiles.before(last) - origin, k, smaller(v.width, depth - k),
-                                     right + k * width, width, panel - from);
+                        for (Index k = 0; k < u.words; k += v.words.width)
+                            multiply(v, m, f, tiles.before(last) - origin, k, smaller(v.words.width, u.words - k),
+                                     u.at(number, f, panel, k), u.scales_at(number, f, panel), u.width(panel),
+                                     panel - from);
                     }
                 write(to, phase.pixel, tiles, first, last, from, smaller(until, to.channels), m, 0,
                       parts.of(block, number));
@@ -172,7 +188,7 @@ void run_blocks(const Pass& pass, const Tiles& tiles, const Blocks& blocks, int 
 // Few tiles and many channels: the weight is larger than everything else. All threads transform the tiles of some
 // blocks; then each takes columns of the weight, transforms them piece by piece, and uses each piece for all the tiles
 // while it lies in the cache.
-template <int taps, int step, class Finish>
+template <int taps, int step, bool integers, class Finish>
 void run_waves(const Pass& pass, const Tiles& tiles, const Blocks& blocks, int threads, Finish finish) {
     constexpr Index frequencies = points_of<taps> * points_of<taps>;
     const Destination& to = pass.destination;
@@ -181,55 +197,65 @@ void run_waves(const Pass& pass, const Tiles& tiles, const Blocks& blocks, int t
     const Index waves = ceiling(blocks.count, larger(1, wave_tiles / blocks.room(tiles)));
     const Index wave = ceiling(blocks.count, waves), room = wave * blocks.room(tiles);
 
-    Transformed v(frequencies, room, depth), m(frequencies, room, tile_columns);
-    const Index u_frequency = v.width * tile_columns + stagger;
+    Left<integers> v(frequencies, room, depth);
+    Transformed m(frequencies, room, tile_columns);
+    Right<taps, step, integers> u(pass.walk.taps, columns,
+                                  pass.walk.phase_count);  // of which only a piece is in memory
+    const Index u_frequency = v.words.width * tile_columns + stagger;
     const std::size_t u_bytes = static_cast<std::size_t>(frequencies * u_frequency) * sizeof(float);
-    const std::size_t v_bytes = Workspace::padded(v.bytes()) * static_cast<std::size_t>(pass.walk.phase_count);
+    const std::size_t v_bytes = v.bytes() * static_cast<std::size_t>(pass.walk.phase_count);
     const std::size_t sum_bytes = Parts::bytes(pass, blocks);
-    const std::size_t own = Workspace::padded(m.bytes()) + Workspace::padded(u_bytes);
-    Workspace workspace(v_bytes + Workspace::padded(sum_bytes) + own * static_cast<std::size_t>(threads));
+    const std::size_t own_bytes = v.segment_bytes() + Workspace::padded(m.bytes()) + Workspace::padded(u_bytes);
+    Workspace workspace(v_bytes + u.scale_bytes() + Workspace::padded(sum_bytes) +
+                        own_bytes * static_cast<std::size_t>(threads));
     char* const inputs = static_cast<char*>(workspace.take(v_bytes));
+    u.scales = static_cast<float*>(workspace.take(u.scale_bytes()));
     const Parts parts{pass, tiles, blocks, static_cast<double*>(workspace.take(sum_bytes))};
-    char* const scratch = static_cast<char*>(workspace.take(own * static_cast<std::size_t>(threads)));
+    char* const scratch = static_cast<char*>(workspace.take(own_bytes * static_cast<std::size_t>(threads)));
     const TransformSegment transform = transform_of<taps, step>(pass.dtype, activation_of(pass.source.pixels));
     const WriteBlock write = write_of<taps>(pass.dtype, pass.kind);
-    const auto input_of = [&](Index phase) {
-        Transformed result = v;
-        result.values =
-            reinterpret_cast<float*>(inputs + Workspace::padded(v.bytes()) * static_cast<std::size_t>(phase));
-        return result;
-    };
     const Index panels = ceiling(columns, tile_columns);
 
 #pragma omp parallel num_threads(threads) firstprivate(m)
     {
         const Index thread = omp_get_thread_num(), team = omp_get_num_threads();
-        m.values = reinterpret_cast<float*>(scratch + static_cast<std::size_t>(thread) * own);
-        float* const u = m.values + Workspace::padded(m.bytes()) / sizeof(float);
+        char* const own = scratch + static_cast<std::size_t>(thread) * own_bytes;
+        m.values = reinterpret_cast<float*>(own + v.segment_bytes());
+        float* const piece = reinterpret_cast<float*>(own + v.segment_bytes() + Workspace::padded(m.bytes()));
+        const auto input_of = [&](Index phase) {
+            Left<integers> result = v;
+            result.place(inputs + static_cast<std::size_t>(phase) * v.bytes(), own);
+            return result;
+        };
+        if constexpr (integers) {
+#pragma omp for schedule(static)
+            for (Index item = 0; item < pass.walk.phase_count * panels; ++item)
+                u.measure(item / panels, pass.walk.phases[item / panels].weight, item % panels * tile_columns);
+        }
         for (Index block = 0; block < blocks.count; block += wave) {
             const Index block_end = smaller(blocks.count, block + wave);
             const Index first = blocks.first(block), last = blocks.last(block_end - 1), origin = tiles.before(first);
 #pragma omp for schedule(static)
             for (Index item = 0; item < (last - first) * pass.walk.phase_count; ++item) {
                 const Index s = first + item / pass.walk.phase_count, phase = item % pass.walk.phase_count;
-                transform(pass.source, pass.walk.phases[phase].origin, tiles.segment(s), input_of(phase),
-                          tiles.before(s) - origin);
+                input_of(phase).take(transform, pass.source, pass.walk.phases[phase].origin, tiles.segment(s),
+                                     tiles.before(s) - origin);
             }
 #pragma omp for schedule(dynamic, 1)
             for (Index item = 0; item < pass.walk.phase_count * panels; ++item) {
                 const Index number = item / panels, panel = item % panels * tile_columns;
                 const Phase& phase = pass.walk.phases[number];
-                const Index width = smaller(tile_columns, columns - panel);
-                const Transformed left = input_of(number);
-                for (Index k = 0; k < depth; k += v.width) {
-                    const Index end = smaller(depth, k + v.width);
-                    transform_weight<taps, step>(pass.walk.taps, phase.weight, k, end, panel, width, u, u_frequency);
+                const Left<integers> left = input_of(number);
+                for (Index k = 0; k < u.words; k += left.words.width) {
+                    const Index end = smaller(u.words, k + left.words.width);
+                    u.fill(number, phase.weight, panel, k, end, piece, u_frequency);
                     for (Index f = 0; f < frequencies; ++f)
-                        multiply(left, m, f, tiles.before(last) - origin, k, end - k, u + f * u_frequency, width, 0);
+                        multiply(left, m, f, tiles.before(last) - origin, k, end - k, piece + f * u_frequency,
+                                 u.scales_at(number, f, panel), u.width(panel), 0);
                 }
                 for (Index b = block; b < block_end; ++b)
                     write(to, phase.pixel, tiles, blocks.first(b), blocks.last(b), panel,
-                          smaller(panel + width, to.channels), m, tiles.before(blocks.first(b)) - origin,
+                          smaller(panel + u.width(panel), to.channels), m, tiles.before(blocks.first(b)) - origin,
                           parts.of(b, number));
             }
         }
@@ -238,8 +264,7 @@ void run_waves(const Pass& pass, const Tiles& tiles, const Blocks& blocks, int t
     }
 }
 
-// Runs a pass of `images`, then calls finish(parts, group, begin, end) for slices of the channels.
-template <int taps, int step, class Finish>
+template <int taps, int step, bool integers, class Finish>
 void run(const Pass& pass, Index images, int threads, Finish finish) {
     constexpr Index frequencies = points_of<taps> * points_of<taps>;
     const Destination& to = pass.destination;
@@ -248,11 +273,21 @@ void run(const Pass& pass, Index images, int threads, Finish finish) {
     const Index all = tiles.before(tiles.segments);
     const Index weight_bytes = frequencies * depth * columns * 4;
     if (weight_bytes >= wave_weight_bytes)
-        return run_waves<taps, step>(pass, tiles, Blocks(tiles, pass.groups, block_tiles_most), threads, finish);
+        return run_waves<taps, step, integers>(pass, tiles, Blocks(tiles, pass.groups, block_tiles_most), threads,
+                                               finish);
     // Small maps: enough blocks that each thread gets some, before the tiles become too few for the products.
     const Index cached = clamped(block_input_bytes / (frequencies * 4 * depth), block_tiles_least, block_tiles_most);
     const Index target = larger(block_tiles_least, smaller(cached, ceiling(all * pass.walk.phase_count, 2 * threads)));
-    run_blocks<taps, step>(pass, tiles, Blocks(tiles, pass.groups, target), threads, finish);
+    run_blocks<taps, step, integers>(pass, tiles, Blocks(tiles, pass.groups, target), threads, finish);
+}
+
+// Runs a pass of `images`, then calls finish(parts, group, begin, end) for slices of the channels.
+template <int taps, int step, class Finish>
+void run(const Pass& pass, Index images, int threads, Finish finish) {
+    if constexpr (lanes == 16)
+        if (pass.dtype == Dtype::bfloat16 && pass.destination.channels >= integer_columns_least && has_int16_products())
+            return run<taps, step, true>(pass, images, threads, finish);
+    run<taps, step, false>(pass, images, threads, finish);
 }
 
 inline void finish_statistics(const OutputStatistics& s, const Parts& parts, Index group, Index begin, Index end) {

@@ -7,7 +7,7 @@
 namespace ganvas::cpu::GANVAS_ISA {
 
 constexpr Index segment_limit = 12;  // tiles: the columns of one stay in the L1 cache
-constexpr Index chunk_width = 64;    // channels of a tile that lie side by side
+constexpr Index chunk_width = 64;    // words of a tile that lie side by side
 constexpr Index stagger = 16;        // floats between frequencies: streams a power of two apart would collide
 
 inline Index ceiling(Index a, Index b) {
@@ -75,21 +75,22 @@ struct Blocks {
     Index last(Index block) const { return smaller(first(block) + segments, (group(block) + 1) * group_segments); }
 };
 
-// Tiles after a transform. Frequency f of tile t and channel c lies at
-// values[c / chunk_width * chunk + f * frequency + t * width + c % chunk_width]: what one product reads lies together.
+// Tiles after a transform, as words of one or two numbers. Frequency f of tile t and word w lies at
+// values[w / chunk_width * chunk + f * frequency + t * width + w % chunk_width]: what one product reads lies together.
 struct Transformed {
     float* values = nullptr;
     Index width;  // of a chunk
     Index frequency, chunk;
     Index chunks;
 
-    Transformed(Index frequencies, Index tiles, Index channels) : width(smaller(chunk_width, whole_vectors(channels))) {
+    Transformed(Index frequencies, Index tiles, Index channels, Index numbers = 1)
+        : width(smaller(chunk_width, whole_vectors(channels) / numbers)) {
         frequency = tiles * width + stagger;
         chunk = frequencies * frequency;
-        chunks = ceiling(channels, width);
+        chunks = ceiling(channels, width * numbers);
     }
     std::size_t bytes() const { return static_cast<std::size_t>(chunks * chunk) * sizeof(float); }
-    float* at(Index t, Index c) const { return values + c / chunk_width * chunk + t * width + c % chunk_width; }
+    float* at(Index t, Index w) const { return values + w / chunk_width * chunk + t * width + w % chunk_width; }
 };
 
 }  // namespace ganvas::cpu::GANVAS_ISA

@@ -64,7 +64,11 @@ void load_taps(const Taps& w, const float* first, Index channels, Index columns,
     walk_taps<taps>(
         w, channels, columns, [&](int tap, Index k, Index at) { block[tap][k] = load_lanes(first + at, columns); },
         [&](int tap, Index at) {
-            for (Index n = 0; n < columns; ++n) block[tap][n] = load_lanes(first + at + n * w.n, channels);
+            for (Index n = 0; n < columns; ++n) {
+                const float* along = first + at + n * w.n;
+                prefetch(along + lanes);
+                block[tap][n] = load_lanes(along, channels);
+            }
             transpose(block[tap]);
         },
         [&](int tap, Index k, Index n, Index at) { reinterpret_cast<float*>(&block[tap][k])[n] = first[at]; });
@@ -81,36 +85,59 @@ void store_taps(const Taps& w, float* first, Index channels, Index columns, TapB
         [&](int tap, Index k, Index n, Index at) { first[at] = reinterpret_cast<const float*>(&block[tap][k])[n]; });
 }
 
-// U = G w Gᵀ for k in [begin, end) and columns [panel, panel + width), as rows of `width`. Rows and columns past the
-// weight's are zero. `begin` is a multiple of `lanes`.
-template <int taps, int step>
-void transform_weight(const Taps& w, const float* values, Index begin, Index end, Index panel, Index width, float* u,
-                      Index frequency) {
+template <int taps>
+using Frequencies = Vector[points_of<taps> * points_of<taps>];
+
+// U = G w Gᵀ of one channel of a block.
+template <int taps>
+[[gnu::always_inline]] inline void transform_taps(const TapBlock (&block)[taps * taps], Index k, Frequencies<taps>& u) {
     constexpr int points = points_of<taps>;
-    for (Index first = begin; first < end; first += lanes) {
-        const Index channel = channel_at<step>(first), rows = smaller(lanes, end - first);
-        const float* row = values + channel * w.k + phase_offset<step>(w, phase_at<step>(first));
+    Vector half[taps][points];
+    for (int y = 0; y < taps; ++y) {
+        Vector d[taps];
+        for (int x = 0; x < taps; ++x) d[x] = block[y * taps + x][k];
+        transform_taps(d, half[y]);
+    }
+    for (int x = 0; x < points; ++x) {
+        Vector d[taps], v[points];
+        for (int y = 0; y < taps; ++y) d[y] = half[y][x];
+        transform_taps(d, v);
+        for (int y = 0; y < points; ++y) u[y * points + x] = v[y];
+    }
+}
+
+// Calls take(block, k, n, rows) for each block of the weight, channels k to k + rows and columns n to n + lanes, with k
+// in [begin, end) and n in [panel, panel + width). `begin` is a multiple of `lanes`.
+template <int taps, int step, class Take>
+[[gnu::always_inline]] inline void for_each_block(const Taps& w, const float* values, Index begin, Index end,
+                                                  Index panel, Index width, Take take) {
+    for (Index k = begin; k < end; k += lanes) {
+        const Index channel = channel_at<step>(k);
+        const float* row = values + channel * w.k + phase_offset<step>(w, phase_at<step>(k));
         for (Index n = panel; n < panel + width; n += lanes) {
             TapBlock block[taps * taps];
             load_taps<taps>(w, row + n * w.n, smaller(lanes, w.channels - channel), smaller(lanes, w.columns - n),
                             block);
-            for (Index k = 0; k < rows; ++k) {
-                Vector half[taps][points];
-                for (int y = 0; y < taps; ++y) {
-                    Vector d[taps];
-                    for (int x = 0; x < taps; ++x) d[x] = block[y * taps + x][k];
-                    transform_taps(d, half[y]);
-                }
-                float* destination = u + (first + k - begin) * width + (n - panel);
-                for (int x = 0; x < points; ++x) {
-                    Vector d[taps], v[points];
-                    for (int y = 0; y < taps; ++y) d[y] = half[y][x];
-                    transform_taps(d, v);
-                    for (int y = 0; y < points; ++y) store_vector(destination + (y * points + x) * frequency, v[y]);
-                }
-            }
+            take(block, k, n, smaller(lanes, end - k));
         }
     }
+}
+
+// U for k in [begin, end) and columns [panel, panel + width), as rows of `width`. Rows and columns past the weight's
+// are zero.
+template <int taps, int step>
+void transform_weight(const Taps& w, const float* values, Index begin, Index end, Index panel, Index width, float* u,
+                      Index frequency) {
+    for_each_block<taps, step>(w, values, begin, end, panel, width,
+                               [&](const TapBlock(&block)[taps* taps], Index first, Index n, Index rows) {
+                                   for (Index k = 0; k < rows; ++k) {
+                                       Frequencies<taps> v;
+                                       transform_taps<taps>(block, k, v);
+                                       float* destination = u + (first + k - begin) * width + (n - panel);
+                                       for (int f = 0; f < points_of<taps> * points_of<taps>; ++f)
+                                           store_vector(destination + f * frequency, v[f]);
+                                   }
+                               });
 }
 
 // dw = Gᵀ dU G for k in [begin, end) and columns [column, column + width). The rows of dU are `u_row` apart. `begin` is

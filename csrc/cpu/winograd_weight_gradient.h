@@ -58,7 +58,8 @@ void weight_gradient(const WeightGradient& args, Index images, int threads) {
         const Index rows = smaller(v.width, depth - k), width = smaller(d.width, columns - n);
         const Product p{v.at(0, k) + f * v.frequency, 1,       v.width, d.at(0, n) + f * d.frequency, d.width,
                         to + f * u_frequency,         d.width, count};
-        accumulate ? product<true>(p, rows, width, tile_slice) : product<false>(p, rows, width, tile_slice);
+        accumulate ? product<false, true>(p, rows, width, tile_slice)
+                   : product<false, false>(p, rows, width, tile_slice);
     };
     const auto write = [&](Index piece, Index begin, Index end, const float* from) {
         const Index k = piece / d.chunks * v.width, n = piece % d.chunks * d.width;
