@@ -123,11 +123,11 @@ def move_running_statistics(
     running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, momentum: float, count: int
 ) -> None:
     """Towards each group's (G, C) statistics of ``count`` values, in order, the variance with Bessel's correction."""
-    with torch.no_grad():
-        unbiased = var * (count / (count - 1))
-        for group in range(mean.shape[0]):
-            running_mean.lerp_(mean[group].to(running_mean.dtype), momentum)
-            running_var.lerp_(unbiased[group].to(running_var.dtype), momentum)
+    # Not under no_grad, of which torch.export makes a graph of its own that cannot be loaded again.
+    unbiased, means, variances = var * (count / (count - 1)), running_mean.detach(), running_var.detach()
+    for group in range(mean.shape[0]):
+        means.lerp_(mean[group].to(means.dtype), momentum)
+        variances.lerp_(unbiased[group].to(variances.dtype), momentum)
 
 
 def _needs_graph(input: Tensor, *others: Tensor | None) -> bool:

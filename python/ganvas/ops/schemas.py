@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ganvas.ops.layers import decode
+
 library = torch.library.Library("ganvas", "DEF")
 
 # Statistics: (statistics_groups, C) float32; var is the biased variance.
@@ -40,6 +42,22 @@ library.define(
     "batch_norm_add_leaky_relu_backward(Tensor grad_output, Tensor output, Tensor input, Tensor? weight, Tensor? bias, "
     "Tensor mean, Tensor var, bool training, float eps, float negative_slope, int statistics_groups) "
     "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)"
+)
+# Layers as ganvas.ops.layers.encode makes them; input and output in the dtype that is computed in. moments: of each
+# layer scale, shift, mean and var, (4, statistics_groups, C) float32. stored, empty unless keep: what backward reads
+# besides, of each layer the convolution's raw output, and where it pools the pooled activation (unless that is the
+# output) and uint8 winners.
+library.define(
+    "conv_bn_leaky_relu_chain(Tensor input, Tensor? residual, Tensor[] parameters, Tensor[] statistics, "
+    "int[] integers, float[] reals, int statistics_groups, bool keep) "
+    "-> (Tensor output, Tensor[] moments, Tensor[] stored)"
+)
+# Gradients of the input, the residual (where there is one) and the parameters, those that are wanted. output tells the
+# side of the last kink where a residual was added.
+library.define(
+    "conv_bn_leaky_relu_chain_backward(Tensor grad_output, Tensor input, Tensor? output, Tensor[] parameters, "
+    "Tensor[] moments, Tensor[] stored, int[] integers, float[] reals, bool residual, bool wants_input, "
+    "bool[] wanted) -> Tensor[] gradients"
 )
 # metrics: (4,) float32: mean real logit, mean fake logit, share of real logits > 0, share of fake logits < 0.
 library.define(
@@ -92,6 +110,35 @@ def _(input, weight, bias, residual, mean, var, eps, negative_slope):
 def _(grad_output, output, input, weight, bias, mean, var, training, eps, negative_slope, statistics_groups):
     grad_weight = input.new_empty((input.shape[1],), dtype=torch.float32)
     return _native_like(input), grad_weight, torch.empty_like(grad_weight), _native_like(input)
+
+
+def _empty_pixels(shape: torch.Size, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
+@torch.library.register_fake("ganvas::conv_bn_leaky_relu_chain", lib=library)
+def _(input, residual, parameters, statistics, integers, reals, statistics_groups, keep):
+    moments, stored = [], []
+    layers, shape = decode(parameters, None, integers, reals), input.shape
+    for i, layer in enumerate(layers, 1):
+        convolved, shape = layer.convolved_shape(shape), layer.output_shape(shape)
+        moments.append(input.new_empty((4, statistics_groups, convolved[1]), dtype=torch.float32))
+        if not keep:
+            continue
+        stored.append(_empty_pixels(convolved, input))
+        if layer.max_pool and i < len(layers):
+            stored.append(_empty_pixels(shape, input))
+        if layer.max_pool:
+            stored.append(_empty_pixels(shape, input, torch.uint8))
+    return _empty_pixels(shape, input), moments, stored
+
+
+@torch.library.register_fake("ganvas::conv_bn_leaky_relu_chain_backward", lib=library)
+def _(grad_output, input, output, parameters, moments, stored, integers, reals, residual, wants_input, wanted):
+    gradients = [_empty_pixels(input.shape, input)] if wants_input else []
+    if residual:
+        gradients.append(_empty_pixels(grad_output.shape, input))
+    return [*gradients, *(torch.empty_like(p) for p, want in zip(parameters, wanted) if want)]
 
 
 @torch.library.register_fake("ganvas::discriminator_loss", lib=library)

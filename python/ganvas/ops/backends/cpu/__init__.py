@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active as are_functorch_transforms_active
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 try:
@@ -18,6 +19,7 @@ except ImportError as error:  # a source tree that was not built: plain torch ru
 else:
     _missing = ""
     from ganvas.ops.backends.cpu import batch_norm_leaky_relu, gan_loss
+    from ganvas.ops.backends.cpu.arguments import float32
     from ganvas.ops.backends.cpu.convolution import NativeConvolution, native_convolution
     from ganvas.ops.backends.cpu.max_pool import max_pool, max_pool_backward
     from ganvas.ops.backends.cpu.pending import (
@@ -59,9 +61,21 @@ def runs_directly(tensor: Tensor) -> bool:
     return not is_in_torch_dispatch_mode() and not are_functorch_transforms_active()
 
 
+def runs_as_operator(tensor: Tensor) -> bool:
+    """Whether torch.compile or torch.export makes a graph, in which an operator may stand for the kernels."""
+    return _is_traced(tensor) and not are_functorch_transforms_active()
+
+
+def _is_traced(tensor: Tensor) -> bool:
+    """Whether a graph is being made of ``tensor``. Dynamo shows its own type, torch.export without Dynamo a fake's."""
+    return torch.compiler.is_compiling() and (type(tensor) in _PLAIN or type(tensor) is FakeTensor)
+
+
 def holds(tensor: Tensor | None, shape: tuple[int, ...]) -> bool:
     """Whether the kernels find values of this shape where ``tensor`` says they are; None stands for the default."""
-    return tensor is None or (tensor.shape == shape and tensor.is_cpu and type(tensor) in _PLAIN)
+    if tensor is None:
+        return True
+    return tensor.shape == shape and tensor.is_cpu and (type(tensor) in _PLAIN or _is_traced(tensor))
 
 
 def is_float32(values: Tensor) -> bool:
@@ -79,12 +93,14 @@ __all__ = [
     "batch_norm_leaky_relu",
     "can_run",
     "fixed",
+    "float32",
     "gan_loss",
     "holds",
     "is_float32",
     "max_pool",
     "max_pool_backward",
     "native_convolution",
+    "runs_as_operator",
     "runs_directly",
     "settle",
     "with_statistics",

@@ -1,0 +1,273 @@
+"""The two passes over a chain's layers, forward and backward, between pending activations.
+
+What backward needs of a layer is a :class:`Stage`: the raw output of its convolution and a few numbers per channel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ganvas.ops import checks
+from ganvas.ops.backends import cpu, reference
+from ganvas.ops.batch_norm_leaky_relu import move_running_statistics, reference_gradients
+from ganvas.ops.convolution import convolve, convolve_backward
+from ganvas.ops.layers import Layer, Tensors, by_layer
+
+
+class Stage(NamedTuple):
+    """What a layer leaves for backward."""
+
+    pending: cpu.Pending
+    pooled: Tensor | None = None  # (N, C, H // 2, W // 2)
+    winners: Tensor | None = None  # which of each four, uint8
+
+    @property
+    def output(self) -> cpu.Pending:
+        """What the next layer reads."""
+        return self.pending if self.pooled is None else cpu.Pending(self.pooled)
+
+    @property
+    def statistics(self) -> tuple[Tensor | None, ...]:
+        """scale, shift, mean and var, (G, C) float32."""
+        return self.pending[1:5]  # type: ignore[return-value]
+
+
+def restored(
+    layer: Layer,
+    own: Tensors,
+    stored: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    pooled: Tensor | None,
+    winners: Tensor | None,
+) -> Stage:
+    """A layer's stage, from the tensors of it that were saved, in whatever memory layout they come back."""
+    stored, pooled, winners = (t if t is None else checks.channels_last(t) for t in (stored, pooled, winners))  # type: ignore[assignment]
+    normalised = layer.batch_statistics is not None
+    pending = cpu.Pending(
+        stored, scale, shift, mean, var, cpu.float32(own.bn_weight), cpu.float32(own.bn_bias),
+        layer.eps if normalised else 0.0, layer.negative_slope, layer.activation_first, bool(layer.batch_statistics),
+        normalised,
+    )  # fmt: skip
+    return Stage(pending, pooled, winners)
+
+
+def run_forward(
+    input: Tensor,
+    residual: Tensor | None,
+    layers: Sequence[Layer],
+    tensors: Sequence[Tensor | None],
+    groups: int,
+    keep: Callable[[Stage], object] | None = None,
+) -> Tensor:
+    """The last layer's activation; ``keep`` is called with each layer's stage."""
+    stage, written = Stage(cpu.Pending(checks.channels_last(input))), None
+    for i, own in enumerate(by_layer(tensors), 1):
+        added = residual if i == len(layers) else None
+        stage, written = _forward(layers[i - 1], own, stage.output, written, groups, added)
+        if keep is not None:
+            keep(stage)
+    return cpu.activate(stage.output) if written is None else written
+
+
+def moves_in_kernel(layer: Layer) -> bool:
+    """Whether there are running statistics to move, and where a kernel can."""
+    mean, var = layer.running_mean, layer.running_var
+    if not layer.batch_statistics or not layer.momentum or mean is None or var is None:
+        return False
+    return cpu.is_float32(mean) and cpu.is_float32(var)
+
+
+class Gradients(NamedTuple):
+    """Of what they are asked for, the others None."""
+
+    input: Tensor | None
+    residual: Tensor | None
+    tensors: list[Tensor | None]
+
+
+def run_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    output: Tensor | None,
+    stages: Sequence[Stage],
+    layers: Sequence[Layer],
+    tensors: Sequence[Tensor | None],
+    has_residual: bool,
+    wants_input: bool,
+    wanted: Sequence[bool],
+) -> Gradients:
+    """Gradients of a chain: of the residual wherever there is one, of ``tensors`` as ``wanted`` has it.
+
+    ``output`` tells the side of the last kink where a residual was added; None with a slope of 1.
+    """
+    last, size, of_layer = len(layers) - 1, len(Tensors._fields), by_layer(tensors)
+    first_wanted = 0 if wants_input else next((i // size for i, want in enumerate(wanted) if want), last)
+    befores = [cpu.Pending(checks.channels_last(input)), *(stage.output for stage in stages[:-1])]
+    grads: list[Tensor | None] = [None] * len(wanted)
+    grad: Tensor | None = grad_output
+    sums, of_residual = None, None
+    for i in reversed(range(first_wanted, len(layers))):
+        layer, own, wants = layers[i], of_layer[i], wanted[size * i :][:size]
+        assert grad is not None
+        if has_residual and i == last:
+            raw, of_bn_weight, of_bn_bias, of_residual = cpu.activate_add_backward(
+                checks.channels_last(grad), output, stages[i].pending
+            )
+        else:
+            raw, of_bn_weight, of_bn_bias = _raw_gradient(stages[i], grad, sums)
+        grad, sums, of_weight = _convolution_gradients(
+            layer, own, raw, befores[i], i > first_wanted or wants_input, wants[0]
+        )
+        of_bias = _bias_gradient(layer, raw, of_bn_bias) if wants[1] else None
+        grads[size * i : size * (i + 1)] = [
+            gradient.to(tensor.dtype) if want and gradient is not None and tensor is not None else None
+            for gradient, tensor, want in zip((of_weight, of_bias, of_bn_weight, of_bn_bias), own, wants)
+        ]
+    return Gradients(grad if wants_input else None, of_residual, grads)
+
+
+def _forward(
+    layer: Layer,
+    own: Tensors,
+    before: cpu.Pending,
+    written: Tensor | None,
+    groups: int,
+    residual: Tensor | None = None,
+) -> tuple[Stage, Tensor | None]:
+    """The layer's result, and its activation where that is written already: by a kernel, or with a residual."""
+    if residual is not None:
+        residual = checks.channels_last(residual)
+    kernel = cpu.native_convolution(layer.geometry, own.weight, before.stored.shape)
+    norm: Any = (own.bn_weight, own.bn_bias)
+    options: Any = (layer.eps, layer.negative_slope, layer.activation_first)
+    running: Any = (
+        (layer.running_mean, layer.running_var, layer.momentum) if moves_in_kernel(layer) else (None, None, 0.0)
+    )
+    activation = None
+    if kernel is not None and layer.batch_statistics:
+        pending = kernel.forward_with_statistics(before, own.weight, own.bias, *norm, *running, *options, groups)
+    else:
+        if kernel is not None:
+            output = kernel.forward(before, own.weight, own.bias)
+        else:
+            input = cpu.activate(before) if written is None else written
+            output = checks.channels_last(convolve(input, *_of_dtype(own, input.dtype), layer.geometry))
+        if layer.batch_statistics:
+            if residual is None:
+                activation, mean, var = cpu.batch_norm_leaky_relu.train(output, *norm, *options, groups, *running)  # type: ignore[call-arg]
+            else:
+                activation, mean, var = cpu.batch_norm_leaky_relu.add_train(
+                    output,
+                    *norm,
+                    residual,
+                    layer.eps,
+                    layer.negative_slope,
+                    groups,
+                    *running,  # type: ignore[call-arg]
+                )
+            pending = cpu.with_statistics(output, *norm, mean, var, *options, True)  # type: ignore[call-arg]
+        else:
+            fixed = (None, None) if layer.batch_statistics is None else (layer.running_mean, layer.running_var)
+            pending = cpu.fixed(output, *norm, *fixed, *options, groups)  # type: ignore[call-arg]
+    _move_running_statistics(layer, pending)
+    if residual is not None and activation is None:
+        activation = cpu.activate_add(pending, residual)
+    return (Stage(pending, *cpu.max_pool(pending)), None) if layer.max_pool else (Stage(pending), activation)
+
+
+def _move_running_statistics(layer: Layer, pending: cpu.Pending) -> None:
+    """Where the kernel could not."""
+    mean, var = layer.running_mean, layer.running_var
+    if not layer.batch_statistics or moves_in_kernel(layer) or mean is None or var is None:
+        return
+    assert pending.mean is not None
+    assert pending.var is not None
+    count = pending.stored.numel() // pending.mean.numel()
+    move_running_statistics(mean, var, pending.mean, pending.var, layer.momentum, count)
+
+
+def _raw_gradient(stage: Stage, grad: Tensor, sums: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """From the gradient of what a layer put out: those of its convolution's raw output, γ and β.
+
+    With ``sums`` a convolution's backward pass has begun with it: see :func:`cpu.settle`.
+    """
+    if sums is not None:
+        return cpu.settle(grad, sums, stage.pending)
+    grad = checks.channels_last(grad)
+    if stage.winners is not None:
+        return cpu.max_pool_backward(grad, stage.winners, stage.pending)
+    return cpu.activate_backward(grad, stage.pending)
+
+
+def _convolution_gradients(
+    layer: Layer, own: Tensors, raw: Tensor, before: cpu.Pending, wants_input: bool, wants_weight: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """From the raw output's gradient: what :func:`_raw_gradient` takes of the layer before, and the weight's."""
+    kernel = cpu.native_convolution(layer.geometry, own.weight, before.stored.shape)
+    if kernel is None:
+        weight, _ = _of_dtype(own, raw.dtype)
+        grad, of_weight = convolve_backward(
+            raw, cpu.activate(before), weight, layer.geometry, (wants_input, wants_weight)
+        )
+        return grad, None, of_weight
+    of_weight = kernel.backward_weight(raw, own.weight, before) if wants_weight else None
+    if not wants_input:
+        return None, None, of_weight
+    grad, sums = kernel.backward_input(raw, own.weight, before)
+    return grad, None if before.scale is None else sums, of_weight
+
+
+def _bias_gradient(layer: Layer, raw: Tensor, of_bn_bias: Tensor) -> Tensor:
+    if not layer.activation_first:
+        if layer.batch_statistics:  # subtracting the mean cancels a bias
+            return torch.zeros_like(of_bn_bias)
+        if layer.batch_statistics is None:
+            return of_bn_bias
+    return raw.sum((0, 2, 3), dtype=torch.float32)
+
+
+def _of_dtype(own: Tensors, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias as torch's convolution wants them: of the input's dtype."""
+    return own.weight.to(dtype), None if own.bias is None else own.bias.to(dtype)
+
+
+def differentiable_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    residual: Tensor | None,
+    layers: Sequence[Layer],
+    groups: int,
+    tensors: Sequence[Tensor | None],
+) -> Gradients:
+    """All gradients through plain torch, which can be differentiated again (create_graph=True)."""
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Views, each of which is used once: a tensor in two places, or made of another one, gets its share in each.
+        input, residual, *tensors = (t if t is None else t.view_as(t) for t in (input, residual, *tensors))  # type: ignore[assignment]
+        output = input
+        for i, (layer, own) in enumerate(zip(layers, by_layer(tensors)), 1):
+            output = convolve(output, *_of_dtype(own, output.dtype), layer.geometry)
+            if layer.batch_statistics is None:
+                output = F.leaky_relu(output, layer.negative_slope)
+            else:
+                output = reference.batch_norm_leaky_relu(
+                    output, own.bn_weight, own.bn_bias, layer.running_mean, layer.running_var,
+                    training=layer.batch_statistics, momentum=0.0, eps=layer.eps, negative_slope=layer.negative_slope,
+                    order="conv_act_bn" if layer.activation_first else "conv_bn_act",
+                    statistics_groups=groups if layer.batch_statistics else 1,
+                    residual=residual if i == len(layers) else None,
+                )  # fmt: skip
+            if layer.max_pool:
+                output = F.max_pool2d(output, 2)
+        grads = reference_gradients(output, (input, residual, *tensors), grad_output)
+    if not again:
+        grads = tuple(grad if grad is None else grad.detach() for grad in grads)
+    return Gradients(grads[0], grads[1], list(grads[2:]))

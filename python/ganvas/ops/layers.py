@@ -1,0 +1,129 @@
+"""What a chain of convolution, BatchNorm and LeakyReLU is made of, and how an operator is told of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ganvas.ops.convolution import Geometry
+
+
+class Tensors(NamedTuple):
+    """What gradients flow to."""
+
+    weight: Tensor
+    bias: Tensor | None
+    bn_weight: Tensor | None
+    bn_bias: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """A convolution and what follows it. ``batch_statistics`` None: no norm."""
+
+    geometry: Geometry
+    weight: Tensor  # (Cout, Cin/groups, kH, kW); transposed (Cin, Cout/groups, kH, kW)
+    bias: Tensor | None = None
+    batch_statistics: bool | None = None
+    bn_weight: Tensor | None = None
+    bn_bias: Tensor | None = None
+    running_mean: Tensor | None = None
+    running_var: Tensor | None = None
+    momentum: float = 0.0
+    eps: float = 1e-5
+    negative_slope: float = 1.0
+    activation_first: bool = False
+    max_pool: bool = False
+    """The activation is pooled, 2×2 with stride 2."""
+
+    @property
+    def tensors(self) -> Tensors:
+        return Tensors(self.weight, self.bias, self.bn_weight, self.bn_bias)
+
+    def convolved_shape(self, input: torch.Size) -> torch.Size:
+        """Of an input's shape (N, Cin, H, W); sides below 1 where a kernel does not fit."""
+        return self.geometry.output_shape(input, self.weight.shape)
+
+    def output_shape(self, input: torch.Size) -> torch.Size:
+        """The same, after pooling."""
+        shape = self.convolved_shape(input)
+        return torch.Size((*shape[:2], shape[2] // 2, shape[3] // 2)) if self.max_pool else shape
+
+
+def by_layer(tensors: Sequence[Tensor | None]) -> list[Tensors]:
+    """The tensors of all layers in a row, as the layers have them."""
+    size = len(Tensors._fields)
+    return [Tensors(*tensors[i : i + size]) for i in range(0, len(tensors), size)]  # type: ignore[arg-type]
+
+
+_NORMS = (None, False, True)  # numbered, as values of ``batch_statistics``
+_INTEGERS = 17  # of a layer: a Geometry, the norm, three flags, and which of the optional tensors there are
+
+
+class Encoded(NamedTuple):
+    """Layers as an operator's arguments, momentum and running statistics that move apart."""
+
+    parameters: list[Tensor]  # of each layer weight, bias, γ and β, those that there are
+    statistics: list[Tensor]  # of each layer with fixed statistics mean and variance
+    integers: list[int]
+    reals: list[float]  # of each layer eps and negative slope
+
+
+def encode(layers: Sequence[Layer]) -> Encoded:
+    """Of everything but the running statistics that move: an operator returns what they move towards."""
+    encoded = Encoded([], [], [], [])
+    for layer in layers:
+        geometry, (weight, *optional) = layer.geometry, layer.tensors
+        encoded.parameters.extend(t for t in (weight, *optional) if t is not None)
+        if layer.batch_statistics is False:
+            assert layer.running_mean is not None
+            assert layer.running_var is not None
+            encoded.statistics.extend((layer.running_mean, layer.running_var))
+        encoded.integers.extend(
+            (
+                *geometry.stride, *geometry.padding, *geometry.dilation, int(geometry.transposed),
+                *geometry.output_padding, geometry.groups, int(geometry.upsampled),
+                _NORMS.index(layer.batch_statistics), int(layer.activation_first), int(layer.max_pool),
+                *(int(t is not None) for t in optional),
+            )
+        )  # fmt: skip
+        encoded.reals.extend((layer.eps, layer.negative_slope))
+    return encoded
+
+
+def decode(
+    parameters: Sequence[Tensor], statistics: Sequence[Tensor] | None, integers: Sequence[int], reals: Sequence[float]
+) -> list[Layer]:
+    """The layers again. Without ``statistics`` theirs are None."""
+    own, fixed = iter(parameters), iter(statistics or ())
+    return [
+        _decoded(
+            own, fixed if statistics is not None else None, integers[_INTEGERS * i :][:_INTEGERS], *reals[2 * i :][:2]
+        )
+        for i in range(len(reals) // 2)
+    ]
+
+
+def _decoded(
+    parameters: Iterator[Tensor], statistics: Iterator[Tensor] | None, integers: Sequence[int], eps: float, slope: float
+) -> Layer:
+    (
+        *pairs, transposed, output_height, output_width, groups, upsampled,
+        norm, activation_first, max_pool, has_bias, has_bn_weight, has_bn_bias,
+    ) = integers  # fmt: skip
+    stride, padding, dilation = ((pairs[i], pairs[i + 1]) for i in (0, 2, 4))
+    geometry = Geometry(
+        stride, padding, dilation, bool(transposed), (output_height, output_width), groups, bool(upsampled)
+    )
+    weight = next(parameters)
+    bias, bn_weight, bn_bias = (next(parameters) if there else None for there in (has_bias, has_bn_weight, has_bn_bias))
+    fixed = statistics if _NORMS[norm] is False else None
+    mean, var = (None, None) if fixed is None else (next(fixed), next(fixed))
+    return Layer(
+        geometry, weight, bias, _NORMS[norm], bn_weight, bn_bias, mean, var, 0.0, eps, slope, bool(activation_first),
+        bool(max_pool),
+    )  # fmt: skip
