@@ -16,7 +16,14 @@ def entries(monkeypatch):
 
 
 def test_every_kind_lists_its_networks():
-    assert set(models.names("classifier")) == {"mlp", "cnn_32_64", "cnn_32_64_128", "cnn_32_64_128_dropout", "resnet"}
+    assert set(models.names("classifier")) == {
+        "mlp",
+        "cnn_32_64",
+        "cnn_32_64_128",
+        "cnn_32_64_128_dropout",
+        "fast_cnn",
+        "resnet",
+    }
     assert set(models.names("gan")) == {"mlp_conv_gan", "dcgan"}
     assert set(models.names("autoencoder")) == {"conv_autoencoder"}
 

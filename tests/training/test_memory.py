@@ -23,7 +23,7 @@ MEBIBYTES = 64
 def faults_of_using_memory_again():
     def use():
         torch.ones(MEBIBYTES << 18)  # float32, written once and freed
-    for _ in range(4):  # until the block has found its place
+    for _ in range(12):  # until the small allocations between have found places of their own
         use()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(5):

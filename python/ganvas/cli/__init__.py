@@ -2,7 +2,8 @@
 
 A command is a dataclass: its fields are the options (:mod:`ganvas.cli.arguments` parses them with tyro), its
 ``execute`` does the work. They are imported when they are asked for, so that a help page does not wait for what it does
-not need.
+not need. Where one option sets the defaults of others, the command has ``with_defaults()``, and the options are read
+once more over what it returns, so that those that are given win.
 
 Exit codes: 0 done; 2 bad input, with one line on stderr that says what to do; 1 training gave up, likewise; 130 stopped
 by Ctrl-C. A bug keeps its traceback.
@@ -10,6 +11,7 @@ by Ctrl-C. A bug keeps its traceback.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import sys
@@ -111,7 +113,9 @@ def read(args: list[str]) -> Any:
     module, _, class_name = command.path.partition(".")
     arguments = getattr(importlib.import_module(f"ganvas.cli.{module}"), class_name)
     description = f"{arguments.__doc__}\n\nexample:\n    {command.example}"
-    return parse(arguments, rest, prog=f"ganvas {name}", description=description)
+    read_options = functools.partial(parse, arguments, rest, prog=f"ganvas {name}", description=description)
+    given = read_options()
+    return read_options(default=given.with_defaults()) if hasattr(given, "with_defaults") else given
 
 
 def _split(args: list[str]) -> tuple[str, list[str]]:

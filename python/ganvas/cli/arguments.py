@@ -9,7 +9,7 @@ import os
 import re
 import typing
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from ganvas.cli.errors import InputError, suggestion
 
@@ -25,8 +25,12 @@ Arguments = TypeVar("Arguments")
 _registry = ConstructorRegistry()
 
 
-def parse(arguments: type[Arguments], args: Sequence[str], *, prog: str, description: str) -> Arguments:
+def parse(
+    arguments: type[Arguments], args: Sequence[str], *, prog: str, description: str, default: Arguments | None = None
+) -> Arguments:
     """``args`` as an ``arguments`` object. ``--help`` prints the help and raises SystemExit(0).
+
+    default: where the options come from that ``args`` leave out; the dataclass's own defaults if None.
 
     Raises:
         InputError: an unknown, missing or unusable option.
@@ -36,11 +40,12 @@ def parse(arguments: type[Arguments], args: Sequence[str], *, prog: str, descrip
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(
+            command = tyro.cli(
                 arguments,
                 args=list(args),
                 prog=prog,
                 description=description,
+                default=default,
                 config=(tyro.conf.DisallowNone,),
                 registry=_registry,
             )
@@ -48,6 +53,7 @@ def parse(arguments: type[Arguments], args: Sequence[str], *, prog: str, descrip
         if not exit.code:
             raise
         raise InputError(f"{_first_paragraph(complaint.getvalue())}; see {prog} --help") from None
+    return cast(Arguments, command)
 
 
 def _check_names(arguments: type, args: Sequence[str], prog: str) -> None:

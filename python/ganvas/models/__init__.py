@@ -5,7 +5,7 @@ Classifiers and autoencoders are one module, a GAN is a pair ``(generator, discr
 """
 
 # Imported for their registrations.
-from ganvas.models import autoencoder, classifiers, dcgan, mlp_conv_gan, resnet  # noqa: F401
+from ganvas.models import autoencoder, classifiers, dcgan, fast_cnn, mlp_conv_gan, resnet  # noqa: F401
 from ganvas.models.registry import KINDS, create, defaults, describe, kind, names, register
 
 __all__ = ["KINDS", "create", "defaults", "describe", "kind", "names", "register"]

@@ -1,11 +1,11 @@
-"""Training: one recipe per job, and around it run folders, checkpoints, metrics, reports.
+"""Training: one loop per job, and around it run folders, checkpoints, metrics, reports.
 
     >>> from ganvas.training import GANConfig, train
     >>> train(GANConfig(data="digits", out="runs/digits"))
 
-A recipe (:mod:`classifier`, :mod:`gan`, :mod:`autoencoder`) reads from top to bottom; :mod:`run` is what happens
-between its lines, :mod:`faults` when a run counts as gone wrong, :mod:`inference` what can be done with a run
-afterwards.
+The loop of a job (:mod:`classifier`, :mod:`gan`, :mod:`autoencoder`) reads from top to bottom; :mod:`run` is what
+happens between its lines, :mod:`faults` when a run counts as gone wrong, :mod:`inference` what can be done with a run
+afterwards. :mod:`recipes` names settings of a classifier's config.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ganvas.training.config import AutoencoderConfig, ClassifierConfig, GANConfig, RunConfig
+from ganvas.training.recipes import recipe_config
 
 if TYPE_CHECKING:
     from ganvas.training.autoencoder import train_autoencoder
@@ -44,6 +45,7 @@ __all__ = [
     "evaluate",
     "load_run",
     "predict",
+    "recipe_config",
     "sample",
     "train",
     "train_autoencoder",

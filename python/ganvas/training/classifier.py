@@ -1,4 +1,4 @@
-"""The recipe of a classifier: cross entropy, one-cycle learning rate, accuracy on the test set after every epoch."""
+"""The training of a classifier: cross entropy, one-cycle learning rate, accuracy on the test set."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from ganvas.metrics import ClassificationMetrics, evaluate_classifier
 from ganvas.training.config import ClassifierConfig
 from ganvas.training.memory import kept_memory
 from ganvas.training.optimizers import make_optimizer
-from ganvas.training.preparation import Job, build_model, given_model, prepare
+from ganvas.training.preparation import BuiltModel, Job, build_model, given_model, prepare
 from ganvas.training.progress import ProgressDisplay, make_progress
 from ganvas.training.random_state import RandomState, reproducible
 from ganvas.training.run import TrainingRun
+from ganvas.training.views import measured_network
 
 
 def train_classifier(
@@ -33,8 +34,8 @@ def train_classifier(
 ) -> Path:
     """Train a classifier into the run folder ``config.out``.
 
-    Its weights are ``model.safetensors`` (the epoch that was best on the test set; its accuracy is therefore slightly
-    optimistic) and ``model_last.safetensors`` (the last epoch).
+    Its weights are ``model.safetensors`` (of the measured epochs the best on the test set; where there are several, its
+    accuracy is slightly optimistic) and ``model_last.safetensors`` (the last measured epoch).
 
     Args:
         train_data, test_data: any torch Datasets of (image, label), both or neither; ``config.data`` is then a name.
@@ -62,6 +63,7 @@ def train_classifier(
         network: nn.Module = built.network.to(device, memory_format=torch.channels_last)
         loader = job.training_loader(Augmentation(flip=config.flip, shift=config.shift or 0))
         test = job.evaluation_loader(job.test)
+        measured = measured_network(network, config)
         optimizer = make_optimizer(config.optimizer, network, config.learning_rate, weight_decay=config.weight_decay)
         assert config.epochs is not None  # prepare() filled it in
         schedule = OneCycleLR(
@@ -79,8 +81,9 @@ def train_classifier(
                 resume=resume,
                 progress=progress,
             )
+            metrics = None
             with run:
-                while run.epoch < config.epochs:
+                while run.epoch < config.epochs and not _reached(run, config.target_accuracy):
                     with run.recovering():
                         network.train()
                         for images, labels in run.batches():
@@ -94,20 +97,35 @@ def train_classifier(
                             optimizer.step()
                             schedule.step()
                             run.record({"train/loss": loss, "train/accuracy": _accuracy(logits, labels)})
-                        accuracy = evaluate_classifier(
-                            network, test.epoch(0), job.num_classes, device=device
-                        ).accuracy()
+                        if not _is_measured(run.epoch, config):
+                            run.end_epoch({})
+                            continue
+                        metrics = evaluate_classifier(measured, test.epoch(0), job.num_classes, device=device)
+                        accuracy = metrics.accuracy()
                         job.folder.save_weights("model_last", network, step=run.step, accuracy=accuracy)
                         if run.improved("test/accuracy", accuracy, larger_is_better=True):
                             job.folder.save_weights("model", network, step=run.step, accuracy=accuracy)
                         run.end_epoch({"test/accuracy": accuracy})
-                run.finish(_final_metrics(run, evaluate_classifier(network, test.epoch(0), job.num_classes)))
+                # A run that is resumed at its end has not been measured by this process.
+                metrics = metrics or evaluate_classifier(measured, test.epoch(0), job.num_classes)
+                run.finish(_final_metrics(run, metrics))
     return job.folder.path
 
 
-def _build(job: Job[ClassifierConfig]):
+def _build(job: Job[ClassifierConfig]) -> BuiltModel:
     options = {"num_classes": job.num_classes, "channels": job.train.channels, "size": job.train.size}
+    if job.config.width is not None:
+        options["width"] = job.config.width
     return build_model(job.config.model, "classifier", options)
+
+
+def _is_measured(epoch: int, config: ClassifierConfig) -> bool:
+    return (epoch + 1) % config.evaluate_every == 0 or epoch + 1 == config.epochs
+
+
+def _reached(run: TrainingRun, target: float | None) -> bool:
+    best = run.best.get("test/accuracy")
+    return target is not None and best is not None and best >= target
 
 
 @torch.no_grad()

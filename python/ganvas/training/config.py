@@ -105,17 +105,19 @@ _MINIMA = {
 _POSITIVE = (
     "learning_rate", "generator_learning_rate", "discriminator_learning_rate", "gradient_clip",
 )  # fmt: skip
-_SHARES = ("label_smoothing", "beta1", "ema_decay", "diversity_floor")
+_SHARES = ("label_smoothing", "beta1", "ema_decay", "diversity_floor", "target_accuracy")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierConfig(RunConfig):
-    """Trains an image classifier."""
+    """Trains an image classifier; the defaults are the recipe ``standard`` of :mod:`ganvas.training.recipes`."""
 
     job: ClassVar[str] = "classifier"
 
     model: str = "resnet"
     """Name in the registry: `ganvas info --models`."""
+    width: int | None = None
+    """Channels of a network that has them as an option; the network's own if not given."""
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
     learning_rate: float = 4e-3
     """Peak of the one-cycle schedule."""
@@ -125,6 +127,13 @@ class ClassifierConfig(RunConfig):
     """Mirror images at random."""
     shift: int | None = None
     """Move images at random by up to this many pixels; what suits the data set if not given."""
+    evaluate_every: int = 1
+    """Epochs between two measurements on the test set, the best network by which is kept; the last epoch always has
+    one."""
+    mirror_views: bool = False
+    """Measure and predict by the mean probabilities of an image and its mirror image."""
+    target_accuracy: float | None = None
+    """Stop after the measurement that reaches this share of the test images."""
 
 
 @dataclass(frozen=True, kw_only=True)

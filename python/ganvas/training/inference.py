@@ -20,6 +20,7 @@ from ganvas.training.preparation import EVALUATION_BATCH, Job, check_kernels, lo
 from ganvas.training.quality import GeneratorQuality, classification_score, generate, reference_set
 from ganvas.training.random_state import choose_device
 from ganvas.training.run_folder import RunFolder, RunFolderError
+from ganvas.training.views import measured_network
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class Run:
     folder: RunFolder
     config: RunConfig
     model: nn.Module
-    """The classifier, the autoencoder, or the generator (the averaged one at its best); in evaluation mode."""
+    """The classifier (by two views of an image, if the config says so), the autoencoder, or the generator (the averaged
+    one at its best); in evaluation mode."""
     device: torch.device
     description: dict[str, Any]
     """What ``config.json`` holds."""
@@ -66,10 +68,10 @@ def load_run(path: str | Path, *, model: nn.Module | None = None, device: str = 
     check_kernels(chosen)
     weights = "generator" if config.job == "gan" else "model"
     if not folder.has_weights(weights):
-        raise RunFolderError(f"{folder.path} has no {weights}.safetensors yet: its first epoch has not ended")
+        raise RunFolderError(f"{folder.path} has no {weights}.safetensors yet: nothing has been measured so far")
     network = _rebuild(folder, description) if model is None else model
     folder.load_weights(weights, network)
-    return Run(folder, config, network.to(chosen).eval(), chosen, description)
+    return Run(folder, config, measured_network(network, config).to(chosen).eval(), chosen, description)
 
 
 def _rebuild(folder: RunFolder, description: dict[str, Any]) -> nn.Module:
