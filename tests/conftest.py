@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from torch import Tensor
+
+# Results do not depend on what happens to be fast while the tests run; those of the choice turn it on for themselves.
+os.environ.setdefault("GANVAS_AUTOTUNE", "0")
 
 
 class Accuracy:

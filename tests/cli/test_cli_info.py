@@ -47,6 +47,34 @@ def test_models_lists_every_network_with_its_description(ganvas):
         assert _row(out, name) == models.describe(name)
 
 
+def test_tuning_lists_what_was_measured_and_where_it_is_kept(ganvas, monkeypatch, tmp_path):
+    monkeypatch.setenv("GANVAS_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("GANVAS_AUTOTUNE", "1")
+    cases = [ops.tuning.Case(direction, "conv3x3_padding1", "float32", 2, 64, 32, 48, 17, 19) for direction in "ab"]
+    entries = [ops.tuning.Entry(cases[0], 1.25, 2.5), ops.tuning.Entry(cases[1], 3.0, 2.0)]
+    monkeypatch.setattr(ops.tuning, "entries", lambda: entries)
+    code, out, err = ganvas("info", "--tuning")
+    assert (code, err) == (0, "")
+    assert _row(out, "file") == str(ops.tuning.path())
+    assert ops.tuning.path().parent == tmp_path
+    assert _row(out, "measuring") == "on"
+    head = "direction convolution dtype threads batch in channels out channels height width native ms torch ms choice"
+    assert head.split() in [line.split() for line in out.splitlines()]
+    rows = [" ".join(_row(out, direction).split()) for direction in "ab"]
+    assert rows == [
+        "conv3x3_padding1 float32 2 64 32 48 17 19 1.250 2.500 native",
+        "conv3x3_padding1 float32 2 64 32 48 17 19 3.000 2.000 torch",
+    ]
+
+
+def test_tuning_says_that_nothing_was_measured_and_that_measuring_is_off(ganvas, monkeypatch, tmp_path):
+    monkeypatch.setenv("GANVAS_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("GANVAS_AUTOTUNE", "0")
+    out = ganvas("info", "--tuning").out
+    assert _row(out, "measuring") == "off (GANVAS_AUTOTUNE=0)"
+    assert "Nothing is remembered" in out
+
+
 def _row(out: str, name: str) -> str:
     (line,) = (line for line in out.splitlines() if line.startswith(f"{name} "))
     return line.removeprefix(name).strip()

@@ -11,7 +11,7 @@ from tyro.conf import FlagCreatePairsOff
 
 import ganvas
 from ganvas import models, ops
-from ganvas.cli.output import say, say_pairs
+from ganvas.cli.output import say, say_pairs, say_table
 
 # An input of each operation as training gives it: feature maps, logits.
 _EXAMPLES = {
@@ -27,14 +27,37 @@ class Info:
 
     models: FlagCreatePairsOff[bool] = False
     """List the networks that --model accepts, with their options, instead."""
+    tuning: FlagCreatePairsOff[bool] = False
+    """List the convolutions that were measured here, and what was chosen for them, instead."""
 
     def execute(self) -> None:
         if self.models:
             say_pairs({name: models.describe(name) for name in models.names()})
             return
+        if self.tuning:
+            _say_tuning()
+            return
         say_pairs(_software())
         say("")
         say_pairs(_choices())
+
+
+def _say_tuning() -> None:
+    measuring = "on" if ops.tuning.applies(torch.get_num_threads()) else "off (GANVAS_AUTOTUNE=0)"
+    say_pairs({"file": ops.tuning.path(), "measuring": measuring})
+    entries = ops.tuning.entries()
+    if not entries:
+        say("\nNothing is remembered for this processor and these versions: training measures each shape once.")
+        return
+    say("")
+    names = [name.replace("_", " ") for name in ops.tuning.Case._fields]
+    say_table(
+        [*names, "native ms", "torch ms", "choice"],
+        [
+            [*map(str, e.case), f"{e.native_ms:.3f}", f"{e.torch_ms:.3f}", "native" if e.native else "torch"]
+            for e in entries
+        ],
+    )
 
 
 def _software() -> dict[str, str]:

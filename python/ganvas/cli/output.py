@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.text import Text
@@ -19,6 +19,14 @@ def say_pairs(pairs: Mapping[str, object]) -> None:
     width = max(map(len, pairs), default=0)
     for name, value in pairs.items():
         _console().print(Text.assemble((name.ljust(width), "bold"), "  ", str(value)), soft_wrap=True)
+
+
+def say_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print rows of cells under a head in bold, in columns as wide as their widest cell."""
+    widths = [max(map(len, column)) for column in zip(head, *rows)]
+    for cells, style in ((head, "bold"), *((row, "") for row in rows)):
+        line = "  ".join(cell.ljust(width) for cell, width in zip(cells, widths)).rstrip()
+        _console().print(Text(line, style=style), soft_wrap=True)
 
 
 def say_error(text: str) -> None:

@@ -18,6 +18,7 @@ from ganvas.ops.backends import cpu
 from ganvas.ops.chain_passes import (
     Stage,
     differentiable_backward,
+    forward_direction,
     moves_in_kernel,
     restored,
     run_backward,
@@ -44,7 +45,7 @@ def can_chain(
     if choose("conv_bn_leaky_relu", input, None) != "cpu" or dtype not in (torch.float32, torch.bfloat16):
         return False
     autocast = torch.is_autocast_enabled("cpu")
-    native = False
+    convolutions = []
     shape = input.shape
     for layer in layers:
         weight, geometry = layer.weight, layer.geometry
@@ -52,7 +53,7 @@ def can_chain(
             return False
         if weight.dtype is not dtype and not (autocast and weight.dtype is not torch.float64):
             return False
-        native = native or cpu.native_convolution(geometry, weight, shape) is not None
+        convolutions.append((layer, shape))
         convolved = layer.convolved_shape(shape)
         per_channel = (layer.bias, layer.bn_weight, layer.bn_bias, layer.running_mean, layer.running_var)
         if not cpu.holds(weight, weight.shape) or not all(cpu.holds(v, (convolved[1],)) for v in per_channel):
@@ -67,7 +68,18 @@ def can_chain(
             return False  # torch broadcasts and promotes
         if layers[-1].negative_slope < 0:
             return False  # the output's sign would not tell the side of the kink
-    return native
+    return any(_is_native(layer, shape, dtype) for layer, shape in convolutions)
+
+
+def _is_native(layer: Layer, input_shape: torch.Size, dtype: torch.dtype) -> bool:
+    """Whether a native kernel runs, forward or backward. In a graph it is the operator that measures, when it runs."""
+    if torch.compiler.is_compiling():
+        return cpu.native_convolution(layer.geometry, layer.weight, input_shape) is not None
+    arguments = (layer.geometry, layer.weight, input_shape, dtype)
+    forward = cpu.chosen_convolution(*arguments, forward_direction(layer))
+    return forward is not None or (
+        torch.is_grad_enabled() and cpu.chosen_convolution(*arguments, "backward") is not None
+    )
 
 
 def conv_bn_leaky_relu_chain(

@@ -134,6 +134,11 @@ def run_backward(
     return Gradients(grad if wants_input else None, of_residual, grads)
 
 
+def forward_direction(layer: Layer) -> cpu.Direction:
+    """Which of a convolution's ways forward the layer takes."""
+    return "forward_with_statistics" if layer.batch_statistics else "forward"
+
+
 def _forward(
     layer: Layer,
     own: Tensors,
@@ -145,7 +150,8 @@ def _forward(
     """The layer's result, and its activation where that is written already: by a kernel, or with a residual."""
     if residual is not None:
         residual = checks.channels_last(residual)
-    kernel = cpu.native_convolution(layer.geometry, own.weight, before.stored.shape)
+    stored = before.stored
+    kernel = cpu.chosen_convolution(layer.geometry, own.weight, stored.shape, stored.dtype, forward_direction(layer))
     norm: Any = (own.bn_weight, own.bn_bias)
     options: Any = (layer.eps, layer.negative_slope, layer.activation_first)
     running: Any = (
@@ -211,7 +217,7 @@ def _convolution_gradients(
     layer: Layer, own: Tensors, raw: Tensor, before: cpu.Pending, wants_input: bool, wants_weight: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """From the raw output's gradient: what :func:`_raw_gradient` takes of the layer before, and the weight's."""
-    kernel = cpu.native_convolution(layer.geometry, own.weight, before.stored.shape)
+    kernel = cpu.chosen_convolution(layer.geometry, own.weight, before.stored.shape, raw.dtype, "backward")
     if kernel is None:
         weight, _ = _of_dtype(own, raw.dtype)
         grad, of_weight = convolve_backward(

@@ -20,7 +20,7 @@ else:
     _missing = ""
     from ganvas.ops.backends.cpu import batch_norm_leaky_relu, gan_loss
     from ganvas.ops.backends.cpu.arguments import float32
-    from ganvas.ops.backends.cpu.convolution import NativeConvolution, native_convolution
+    from ganvas.ops.backends.cpu.convolution import NativeConvolution, chosen_convolution, native_convolution
     from ganvas.ops.backends.cpu.max_pool import max_pool, max_pool_backward
     from ganvas.ops.backends.cpu.pending import (
         Pending,
@@ -32,6 +32,7 @@ else:
         settle,
         with_statistics,
     )
+    from ganvas.ops.backends.cpu.trial import Direction
 
 _DTYPES = (torch.float32, torch.bfloat16)
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -84,6 +85,7 @@ def is_float32(values: Tensor) -> bool:
 
 
 __all__ = [
+    "Direction",
     "NativeConvolution",
     "Pending",
     "activate",
@@ -92,6 +94,7 @@ __all__ = [
     "activate_backward",
     "batch_norm_leaky_relu",
     "can_run",
+    "chosen_convolution",
     "fixed",
     "float32",
     "gan_loss",

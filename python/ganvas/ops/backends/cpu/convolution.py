@@ -1,4 +1,4 @@
-"""The native convolutions, whichever family computes them."""
+"""The native convolutions, whichever family computes them, and where they are taken: see :mod:`ganvas.ops.tuning`."""
 
 from __future__ import annotations
 
@@ -9,11 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ganvas.ops import tuning
 from ganvas.ops.backends.cpu import stride2, winograd
 from ganvas.ops.backends.cpu.pending import Pending
+from ganvas.ops.backends.cpu.trial import Direction, candidates
 from ganvas.ops.convolution import Geometry
 
 _STRIDE_2 = Geometry(stride=(2, 2), padding=(1, 1))
+
+_LEAST_MULTIPLICATIONS = 2**18  # below, nothing is measured
+_MOST_MULTIPLICATIONS = 2**29  # a thread, that are measured where the shape has more
+_MOST_BYTES = 24 * 2**20  # of the larger of input and output, in float32
+_LARGEST_SIDE = 64
 
 
 @dataclass(frozen=True)
@@ -22,6 +29,18 @@ class NativeConvolution:
 
     family: ModuleType
     how: Any
+
+    @property
+    def name(self) -> str:
+        """What is computed."""
+        if isinstance(self.how, stride2.Convolution):
+            return self.how.name
+        return f"conv3x3_padding{self.how.padding[0]}"
+
+    @property
+    def folds_weight(self) -> bool:
+        """Whether a larger kernel is made of the weight first, at a cost that few pixels do not pay back."""
+        return isinstance(self.how, stride2.Convolution) and self.how.value.rows is not None
 
     def forward(self, input: Pending, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The raw output (N, Cout, H', W')."""
@@ -41,13 +60,64 @@ class NativeConvolution:
 
 
 def native_convolution(geometry: Geometry, weight: Tensor, input_shape: torch.Size) -> NativeConvolution | None:
-    """The kernels of this convolution, or None where torch's is the better one, or the only one."""
+    """The kernels of this convolution, or None where there are none."""
     if winograd.takes(geometry, weight, input_shape):
         return NativeConvolution(winograd, geometry)
     kind = _stride2_kind(geometry, weight, input_shape)
     if kind is not None and stride2.takes(kind, weight, input_shape):
         return NativeConvolution(stride2, kind)
     return None
+
+
+def chosen_convolution(
+    geometry: Geometry, weight: Tensor, input_shape: torch.Size, dtype: torch.dtype, direction: Direction
+) -> NativeConvolution | None:
+    """The kernels of this convolution where they are the faster way here, None where torch's convolution is.
+
+    Args:
+        dtype: of the input; the weight's may be another one under autocast.
+    """
+    key = (geometry, weight.shape, input_shape, dtype, torch.get_num_threads(), direction)
+    try:
+        return tuning.decisions[key]
+    except KeyError:
+        chosen = native_convolution(geometry, weight, input_shape)
+        if chosen is not None and tuning.applies(key[4]) and not _native_is_faster(chosen, *key):
+            chosen = None
+        return tuning.decided(key, chosen)
+
+
+def _native_is_faster(
+    native: NativeConvolution, geometry: Geometry, weight: torch.Size, input: torch.Size, dtype: torch.dtype,
+    threads: int, direction: Direction,
+) -> bool:  # fmt: skip
+    output = geometry.output_shape(input, weight)
+    if _multiplications(geometry, weight, input) < _LEAST_MULTIPLICATIONS:
+        return not native.folds_weight and output.numel() >= 16 * output[1]
+    shape = _representative(geometry, weight, input, threads)
+    batch, channels, height, width = shape
+    name = str(dtype).removeprefix("torch.")
+    case = tuning.Case(direction, native.name, name, threads, batch, channels, output[1], height, width)
+    return tuning.measured(case, lambda: candidates(native, geometry, weight, shape, dtype, direction)).native
+
+
+def _representative(geometry: Geometry, weight: torch.Size, input: torch.Size, threads: int) -> torch.Size:
+    """The shape that is measured for ``input``, as :mod:`ganvas.ops.tuning` explains."""
+    batch, channels, *sides = input
+    height, width = (side if side <= _LARGEST_SIDE else _LARGEST_SIDE + side % 4 for side in sides)
+    batch = batch * sides[0] * sides[1] // (height * width)
+    image = torch.Size((1, channels, height, width))
+    values = max(image.numel(), geometry.output_shape(image, weight).numel())
+    most = min(
+        threads * _MOST_MULTIPLICATIONS // _multiplications(geometry, weight, image), _MOST_BYTES // (4 * values), batch
+    )
+    return torch.Size((1 << max(most.bit_length() - 1, 0), *image[1:]))
+
+
+def _multiplications(geometry: Geometry, weight: torch.Size, input: torch.Size) -> int:
+    """Of the convolution as it is defined, forward."""
+    batch, _, height, width = input if geometry.transposed else geometry.output_shape(input, weight)
+    return batch * height * width * weight.numel()
 
 
 def _stride2_kind(geometry: Geometry, weight: Tensor, input_shape: torch.Size) -> stride2.Convolution | None:
