@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ganvas.nn.line import execute
@@ -59,7 +60,9 @@ class FusedSequential(nn.Sequential):
         types = tuple(map(type, children))
         planned = self._planned
         if planned is None or planned[0] != children or planned[1] != types:
-            planned = self._planned = (children, types, plan(self._modules))
+            planned = (children, types, plan(self._modules))
+            if not torch.compiler.is_compiling():  # what a graph was made without would have it made again
+                self._planned = planned
         return planned[2]
 
     def __getitem__(self, index: slice | int) -> Any:

@@ -61,7 +61,8 @@ def can_chain(
         shape = layer.output_shape(shape)
         if min(shape) < 1:
             return False
-        if layer.batch_statistics and convolved.numel() == convolved[1] * statistics_groups:
+        # Not numel(), which makes a constant of a symbolic size.
+        if layer.batch_statistics and convolved[0] * convolved[2] * convolved[3] == statistics_groups:
             return False
     if residual is not None:
         if not (cpu.holds(residual, shape) and residual.dtype is dtype):
