@@ -9,8 +9,9 @@ entry that another process has written first counts. The file lies in ``$GANVAS_
 choices then last as long as the process, and the log says so once.
 
 Similar shapes share a choice. A side above 64 counts as 64 (plus its remainder by 4), with as many more images as make
-up for it; the batch as the next lower power of two, within 2^29 multiplications a thread and 24 MiB a tensor. So the
-measuring takes some tens of milliseconds, and the last batch of an epoch seldom costs anything.
+up for it; the batch as the next lower power of two, within 2^28 multiplications a thread, or 1024 pixels where that is
+more, and 24 MiB a tensor. So the measuring takes some tens of milliseconds, and the last batch of an epoch seldom costs
+anything.
 Below 2^18 multiplications nothing is measured: the native kernels run where the weight is transformed as it is (not
 3×3 with stride 2 or upsampling) and the output has 16 pixels or more, counted over the batch.
 
@@ -49,11 +50,11 @@ _log = logging.getLogger("ganvas")
 MARGIN = 1.03
 """The native way is taken up to this multiple of torch's time: a chain of native kernels keeps less memory."""
 
-_MOST_TURNS = 7
-_LEAST_TURNS = 3  # enough where the native way, the usual one, is this many times faster, or when the time is over
-_CLEAR = 2.0
-_SECONDS = 0.2
-_TURN_SECONDS = 0.0005  # a shorter call is repeated within a turn
+_LEAST_TURNS = 3  # enough where the native way, the usual one, is clearly faster, or when the most time is over
+_CLEAR = 2.0  # times
+_MOST_SECONDS = 0.2
+_TURNS = 5  # where neither is so, and as many more as fit into the least time
+_LEAST_SECONDS = 0.003
 _MOST_DECISIONS = 4096
 # Once a block of this size was freed, glibc keeps smaller ones, and twice as much at the heap's end. Otherwise fetching
 # memory from the system, which may take longer than a kernel, would fall to one way or the other by chance.
@@ -206,28 +207,29 @@ def _processor() -> str:
 
 
 def _time_in_turns(native_way: Callable[[], object], torchs_way: Callable[[], object]) -> list[float]:
-    """The least seconds of a call of each, the machine's disturbances left out."""
+    """The least seconds of a call of each, the machine's disturbances left out.
+
+    They take turns call by call: each finds the caches as another operation has left them, as in a network.
+    """
     ways = (native_way, torchs_way)
     torch.empty(_KEPT_BYTES, dtype=torch.uint8, device="cpu")
     for way in ways:
         way()
-    begin, best = time.perf_counter(), [math.inf, math.inf]
-    for turn in range(1, _MOST_TURNS + 1):
+    begin, best, turns = time.perf_counter(), [math.inf, math.inf], 0
+    while True:
+        turns += 1
         best = [min(known, _seconds(way)) for known, way in zip(best, ways)]
-        settled = best[1] >= _CLEAR * best[0] or time.perf_counter() - begin > _SECONDS
-        if turn >= _LEAST_TURNS and settled:
-            break
-    return best
+        spent = time.perf_counter() - begin
+        settled = best[1] >= _CLEAR * best[0] or spent > _MOST_SECONDS
+        if (turns >= _LEAST_TURNS and settled) or (turns >= _TURNS and spent > _LEAST_SECONDS):
+            return best
 
 
 def _seconds(call: Callable[[], object]) -> float:
     """Of this thread, which works or spins until the others are done; what other processes take does not count."""
-    begin, count, elapsed = time.thread_time(), 0, 0.0
-    while elapsed < _TURN_SECONDS:
-        call()
-        count += 1
-        elapsed = time.thread_time() - begin
-    return elapsed / count
+    begin = time.thread_time()
+    call()
+    return time.thread_time() - begin
 
 
 def _read_leniently() -> dict[Case, Entry]:

@@ -18,7 +18,8 @@ from ganvas.ops.convolution import Geometry
 _STRIDE_2 = Geometry(stride=(2, 2), padding=(1, 1))
 
 _LEAST_MULTIPLICATIONS = 2**18  # below, nothing is measured
-_MOST_MULTIPLICATIONS = 2**29  # a thread, that are measured where the shape has more
+_MOST_MULTIPLICATIONS = 2**28  # a thread, that are measured where the shape has more
+_ENOUGH_PIXELS = 1024  # to outweigh the transform of the weight as a whole batch does
 _MOST_BYTES = 24 * 2**20  # of the larger of input and output, in float32
 _LARGEST_SIDE = 64
 
@@ -108,9 +109,9 @@ def _representative(geometry: Geometry, weight: torch.Size, input: torch.Size, t
     batch = batch * sides[0] * sides[1] // (height * width)
     image = torch.Size((1, channels, height, width))
     values = max(image.numel(), geometry.output_shape(image, weight).numel())
-    most = min(
-        threads * _MOST_MULTIPLICATIONS // _multiplications(geometry, weight, image), _MOST_BYTES // (4 * values), batch
-    )
+    work = _multiplications(geometry, weight, image)
+    enough = max(threads * _MOST_MULTIPLICATIONS // work, _ENOUGH_PIXELS * weight.numel() // work)
+    most = min(batch, enough, _MOST_BYTES // (4 * values))
     return torch.Size((1 << max(most.bit_length() - 1, 0), *image[1:]))
 
 
