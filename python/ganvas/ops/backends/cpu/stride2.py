@@ -6,14 +6,16 @@ stride 2 (or its transpose) with the kernel M w Mᵀ, M a 4×3 matrix. The gradi
 
 from __future__ import annotations
 
+import math
 from enum import Enum
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ganvas import _native as native
-from ganvas.ops.backends.cpu.arguments import empty, empty_pixels
+from ganvas.ops.backends.cpu.arguments import empty_pixels
 from ganvas.ops.backends.cpu.kernels import LEAST_CHANNELS, Kernels
 from ganvas.ops.backends.cpu.pending import Pending
 
@@ -99,7 +101,7 @@ def backward_weight(kind: Convolution, grad_output: Tensor, weight: Tensor, inpu
     """Like ``weight``, float32."""
     form = kind.value
     if form.rows is not None:
-        gradient = empty(*weight.shape[:2], 4, 4)
+        gradient = empty_pixels((*weight.shape[:2], 4, 4), torch.float32)
         return _unfold(form.rows, form.kernels.backward_weight(form.padding, grad_output, gradient, input))
     gradient = torch.empty_like(weight, dtype=torch.float32)
     form.kernels.backward_weight(form.padding, grad_output, _kernel_of(kind, gradient), input)
@@ -111,18 +113,30 @@ def _fold(kind: Convolution, weight: Tensor) -> Tensor:
     weight = weight.float()
     if kind.value.rows is None:
         return _kernel_of(kind, weight)
-    return _congruent(torch.tensor(kind.value.rows, dtype=torch.float32, device="cpu"), weight)
+    return _congruent(_squared(kind.value.rows), weight)
 
 
 def _unfold(rows: _Rows, gradient: Tensor) -> Tensor:
     """The gradient of a 3×3 weight from that of the kernel made of it."""
-    return _congruent(torch.tensor(rows, dtype=torch.float32, device="cpu").T, gradient)
+    return _congruent(_squared(rows).T, gradient)
 
 
-def _congruent(matrix: Tensor, weight: Tensor) -> Tensor:
-    """M w Mᵀ for each pair of channels, in float32, of which autocast would make bfloat16."""
+@cache
+def _squared(rows: _Rows) -> Tensor:
+    """M ⊗ M, (16, 9)."""
+    with torch.inference_mode(False):
+        matrix = torch.tensor(rows, dtype=torch.float32, device="cpu")
+        return torch.kron(matrix, matrix)
+
+
+def _congruent(squared: Tensor, weight: Tensor) -> Tensor:
+    """M w Mᵀ for each pair of channels, channels_last, in float32, of which autocast would make bfloat16."""
+    out_channels, in_channels, *_ = weight.shape
+    side = math.isqrt(squared.shape[0])
+    taps = weight.permute(0, 2, 3, 1).reshape(out_channels, squared.shape[1], in_channels)
     with torch.autocast("cpu", enabled=False):
-        return matrix @ weight @ matrix.T
+        made = squared @ taps
+    return made.view(out_channels, side, side, in_channels).permute(0, 3, 1, 2)
 
 
 def _kernel_of(kind: Convolution, weight: Tensor) -> Tensor:
