@@ -9,11 +9,13 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cpu/batch_norm_leaky_relu.h"
 #include "cpu/gan_loss.h"
 #include "cpu/isa.h"
+#include "cpu/matrix_product.h"
 #include "cpu/max_pool.h"
 #include "cpu/pending_gradient.h"
 #include "cpu/winograd.h"
@@ -262,6 +264,22 @@ void convolution_backward_weight_(Dtype dtype, const Strides& input_shape, std::
            threads);
 }
 
+void matrix_product_(std::int64_t rows, std::int64_t columns, std::int64_t depth, Address a,
+                     std::array<std::int64_t, 2> a_strides, Address b, std::array<std::int64_t, 2> b_strides,
+                     Address bias, Address c, int threads) {
+    require(rows > 0 && columns > 0 && depth > 0, "sizes must be positive; got ", rows, "x", columns, ", depth ",
+            depth);
+    require(a_strides[0] == 1 || a_strides[1] == 1, "a must have a stride of 1; got ", a_strides[0], " and ",
+            a_strides[1]);
+    require(b_strides[0] == 1 || b_strides[1] == 1, "b must have a stride of 1; got ", b_strides[0], " and ",
+            b_strides[1]);
+    for (const auto& [name, address] : {std::pair{"a", a}, std::pair{"b", b}, std::pair{"c", c}})
+        require_address(name, address, alignof(float));
+    matrix_product({pointer<const float>(a), a_strides[0], a_strides[1], pointer<const float>(b), b_strides[0],
+                    b_strides[1], pointer<const float>(bias), pointer<float>(c), rows, columns, depth},
+                   threads);
+}
+
 void settle_pending_gradient_(Dtype dtype, std::int64_t rows, std::int64_t channels, std::int64_t groups, float eps,
                               float negative_slope, bool activation_first, bool training, Address grad, Address stored,
                               Address weight, Address mean, Address var, Address sum, Address sum_deviation,
@@ -444,6 +462,7 @@ PYBIND11_MODULE(_native, module, py::mod_gil_not_used()) {
 #undef DEFINE_CONVOLUTION
     module.def("max_pool_forward", max_pool_forward_, without_gil);
     module.def("max_pool_backward", max_pool_backward_, without_gil);
+    module.def("matrix_product", matrix_product_, without_gil);
     module.def("settle_pending_gradient", settle_pending_gradient_, without_gil);
     module.def("discriminator_loss", discriminator_loss_, without_gil);
     module.def("generator_loss", generator_loss_, without_gil);

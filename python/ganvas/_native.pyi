@@ -244,6 +244,19 @@ def max_pool_backward(
     threads: int,
     /,
 ) -> None: ...
+def matrix_product(
+    rows: int,
+    columns: int,
+    depth: int,
+    a: int,
+    a_strides: Sequence[int],
+    b: int,
+    b_strides: Sequence[int],
+    bias: int,
+    c: int,
+    threads: int,
+    /,
+) -> None: ...
 def settle_pending_gradient(
     dtype: Dtype,
     rows: int,

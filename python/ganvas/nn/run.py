@@ -13,6 +13,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from ganvas.ops import checks
 from ganvas.ops.batch_norm_leaky_relu import batch_norm_leaky_relu
 from ganvas.ops.convolution import breaks_in_channels_last
+from ganvas.ops.linear import linear
 from ganvas.ops.selection import choose
 
 # Exact types only: a subclass may have a forward of its own.
@@ -94,6 +95,8 @@ def call(module: nn.Module, input: Tensor, statistics_groups: int) -> Tensor:
         input = input.contiguous()
     if statistics_groups > 1 and isinstance(module, _BatchNorm) and uses_batch_statistics(module):
         return torch.cat([module(group) for group in _split(input, statistics_groups)])
+    if type(module) is nn.Linear and why_not_plain(module) is None and not _has_any_global_hook():
+        return linear(input, module.weight, module.bias)
     return module(input)
 
 

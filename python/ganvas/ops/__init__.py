@@ -8,6 +8,7 @@ from ganvas.ops import tuning
 from ganvas.ops.batch_norm_leaky_relu import batch_norm_leaky_relu
 from ganvas.ops.conv_bn_leaky_relu import conv_bn_leaky_relu
 from ganvas.ops.gan_loss import DiscriminatorMetrics, discriminator_loss, generator_loss
+from ganvas.ops.linear import linear
 from ganvas.ops.selection import available_backends, explain
 
 __all__ = [
@@ -18,5 +19,6 @@ __all__ = [
     "discriminator_loss",
     "explain",
     "generator_loss",
+    "linear",
     "tuning",
 ]

@@ -18,7 +18,7 @@ except ImportError as error:  # a source tree that was not built: plain torch ru
     _missing = f"the native module is not there ({error}); install ganvas with pip to build it"
 else:
     _missing = ""
-    from ganvas.ops.backends.cpu import batch_norm_leaky_relu, gan_loss
+    from ganvas.ops.backends.cpu import batch_norm_leaky_relu, gan_loss, linear
     from ganvas.ops.backends.cpu.arguments import float32
     from ganvas.ops.backends.cpu.convolution import NativeConvolution, chosen_convolution, native_convolution
     from ganvas.ops.backends.cpu.max_pool import max_pool, max_pool_backward
@@ -100,6 +100,7 @@ __all__ = [
     "gan_loss",
     "holds",
     "is_float32",
+    "linear",
     "max_pool",
     "max_pool_backward",
     "native_convolution",
