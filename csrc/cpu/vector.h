@@ -92,6 +92,20 @@ inline void store_lanes(T* destination, Vector value, Index count) {
     for (Index lane = 0; lane < count; ++lane) store(destination + lane, value[lane]);
 }
 
+#if defined(__AVX512F__)
+inline __mmask16 first_lanes(Index count) {
+    return static_cast<__mmask16>((1u << count) - 1u);
+}
+inline Vector load_lanes(const float* source, Index count) {
+    if (count >= lanes) return load_vector(source);
+    return reinterpret_cast<Vector>(_mm512_maskz_loadu_ps(first_lanes(count), source));
+}
+inline void store_lanes(float* destination, Vector value, Index count) {
+    if (count >= lanes) return store_vector(destination, value);
+    _mm512_mask_storeu_ps(destination, first_lanes(count), reinterpret_cast<__m512>(value));
+}
+#endif
+
 // rows[i][j] and rows[j][i] change places: blocks of 1×1, then of 2×2, 4×4, ... off the diagonal.
 [[gnu::always_inline]] inline void transpose(Vector (&rows)[lanes]) {
 #pragma GCC unroll 4
