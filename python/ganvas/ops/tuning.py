@@ -1,4 +1,5 @@
-"""Choice by measurement: a convolution runs in its native kernels or in torch's, whichever was the faster one here.
+"""Choice by measurement: a convolution, and a linear layer of 2^22 multiplications or more (its rows rounded down to a
+power of two), runs in its native kernels or in torch's, whichever was the faster one here.
 
 The first time that a chain meets a shape, both ways do the layer's share of a step on random values, in turns; the
 faster one is taken from then on (the native one within :data:`MARGIN`). Forward with batch statistics, forward without
@@ -66,7 +67,7 @@ class Case(NamedTuple):
     """What a choice holds for."""
 
     direction: str  # forward, forward_with_statistics or backward
-    convolution: str
+    convolution: str  # or linear, of 1×1 maps
     dtype: str
     threads: int
     batch: int
