@@ -24,7 +24,6 @@ struct Words {
     static Values load(const float* words) { return load_vector(words); }
     static Values repeat(const float* word) { return broadcast(*word); }
     static void multiply_add(Values& sum, Values left, Values right) { sum += left * right; }
-    static Vector scaled(Values sum, Vector) { return sum; }
 };
 
 #if defined(__AVX512F__)
@@ -44,7 +43,6 @@ struct Words<true> {
     static void multiply_add(Values& sum, Values left, Values right) {
         asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(left), "v"(right));  // only where has_int16_products()
     }
-    static Vector scaled(Values sum, Vector scale) { return __builtin_convertvector(sum, Vector) * scale; }
 };
 #endif
 
@@ -89,10 +87,14 @@ template <int rows, int vectors, bool integers, bool accumulate>
     for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; ++v) {
-            Vector scale{};
-            if (integers)
-                scale = p.row_scale[(row + r) * p.row_scale_stride] * load_vector(p.column_scale + column + v * lanes);
-            const Vector value = W::scaled(sum[r][v], scale);
+            Vector value;
+            if constexpr (integers) {
+                const Vector column_scale = load_vector(p.column_scale + column + v * lanes);
+                value = __builtin_convertvector(sum[r][v], Vector) *
+                        (p.row_scale[(row + r) * p.row_scale_stride] * column_scale);
+            } else {
+                value = sum[r][v];
+            }
             float* destination = c + r * c_row + v * lanes;
             store_vector(destination, accumulate ? load_vector(destination) + value : value);
         }

@@ -16,10 +16,6 @@ constexpr Index depth_block = 128;
 constexpr Index chain = 64;    // terms of a sum that are added up in one chain
 constexpr Index stagger = 16;  // floats between rows that would lie a power of two apart
 
-Index ceiling(Index a, Index b) {
-    return (a + b - 1) / b;
-}
-
 // How c is cut up: large blocks, but enough of them to go round.
 struct Cut {
     Index row_block, column_block;
@@ -111,7 +107,7 @@ void matrix_product(const MatrixProduct& args, int threads) {
                     p.a = a, p.a_row = 1, p.a_depth = height;
                 }
                 for (Index panel = 0; panel < columns; panel += tile_columns) {
-                    const Index width = smaller(tile_columns, ceiling(columns - panel, lanes) * lanes);
+                    const Index width = smaller(tile_columns, whole_vectors(columns - panel));
                     pack_columns(args, k, depth, column + panel, smaller(width, columns - panel), width, b);
                     p.b_depth = width, p.c = c + panel;
                     k > 0 ? product<false, true>(p, rows, width, chain) : product<false, false>(p, rows, width, chain);

@@ -15,6 +15,9 @@ inline Index smaller(Index a, Index b) {
 inline Index larger(Index a, Index b) {
     return a > b ? a : b;
 }
+inline Index ceiling(Index a, Index b) {
+    return (a + b - 1) / b;
+}
 
 // LeakyReLU. With slope 0 it is ReLU, also at -inf, where -inf*0 would be NaN.
 struct Leaky {

@@ -10,12 +10,6 @@ constexpr Index segment_limit = 12;  // tiles: the columns of one stay in the L1
 constexpr Index chunk_width = 64;    // words of a tile that lie side by side
 constexpr Index stagger = 16;        // floats between frequencies: streams a power of two apart would collide
 
-inline Index ceiling(Index a, Index b) {
-    return (a + b - 1) / b;
-}
-inline Index whole_vectors(Index channels) {
-    return ceiling(channels, lanes) * lanes;
-}
 inline Index clamped(Index value, Index least, Index most) {
     return larger(least, smaller(value, most));
 }

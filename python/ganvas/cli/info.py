@@ -28,7 +28,7 @@ class Info:
     models: FlagCreatePairsOff[bool] = False
     """List the networks that --model accepts, with their options, instead."""
     tuning: FlagCreatePairsOff[bool] = False
-    """List the convolutions that were measured here, and what was chosen for them, instead."""
+    """List the convolutions and linear layers that were measured here, and what was chosen for them, instead."""
 
     def execute(self) -> None:
         if self.models:
