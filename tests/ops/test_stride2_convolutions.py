@@ -19,8 +19,9 @@ from torch import Tensor
 pytest.importorskip("ganvas._native")
 
 from ganvas import _native as native
-from ganvas.ops.backends.cpu import Pending, stride2
+from ganvas.ops.backends.cpu import stride2
 from ganvas.ops.backends.cpu.stride2 import Convolution
+from ganvas.ops.pending import Pending
 
 # What each of them is, in torch's words.
 TORCH: dict[Convolution, Callable[[Tensor, Tensor], Tensor]] = {

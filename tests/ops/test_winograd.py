@@ -19,8 +19,9 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 pytest.importorskip("ganvas._native")
 
 from ganvas import _native as native
-from ganvas.ops.backends.cpu import Pending, winograd
+from ganvas.ops.backends.cpu import winograd
 from ganvas.ops.convolution import Geometry
+from ganvas.ops.pending import Pending
 
 # The floor of the tolerance: how many roundings of float32 (eps) a result may be off, measured at what its terms add up
 # to when they do not cancel. An output of F(4×4, 3×3) is made of larger terms than a direct convolution's: with the

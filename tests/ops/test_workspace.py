@@ -11,8 +11,9 @@ from torch import Tensor
 pytest.importorskip("ganvas._native")
 
 from ganvas import _native as native
-from ganvas.ops.backends.cpu import Pending, winograd
+from ganvas.ops.backends.cpu import winograd
 from ganvas.ops.convolution import Geometry
+from ganvas.ops.pending import Pending
 
 
 def convolve(seed: int, channels: int = 16, size: int = 8) -> list[Tensor]:

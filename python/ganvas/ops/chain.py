@@ -1,6 +1,6 @@
 """Runs of convolution, BatchNorm and LeakyReLU as one operation: between the layers nothing is written but raw outputs.
 
-The activation of a layer stays pending (:class:`ganvas.ops.backends.cpu.pending.Pending`): the next convolution applies
+The activation of a layer stays pending (:class:`ganvas.ops.pending.Pending`): the next convolution applies
 the norm and the kink while it loads, and its backward pass leaves the sums that the norm's needs. Nearest-neighbour
 upsampling before a convolution and 2×2 max-pooling after an activation are part of a layer. A convolution that no
 native kernel takes runs in torch, on the activation written out for it.

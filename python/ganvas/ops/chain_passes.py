@@ -14,22 +14,24 @@ from torch import Tensor
 
 from ganvas.ops import checks
 from ganvas.ops.backends import cpu, reference
+from ganvas.ops.backends.arguments import float32
 from ganvas.ops.batch_norm_leaky_relu import move_running_statistics, reference_gradients
 from ganvas.ops.convolution import convolve, convolve_backward
 from ganvas.ops.layers import Layer, Tensors, by_layer
+from ganvas.ops.pending import Pending, fixed, with_statistics
 
 
 class Stage(NamedTuple):
     """What a layer leaves for backward."""
 
-    pending: cpu.Pending
+    pending: Pending
     pooled: Tensor | None = None  # (N, C, H // 2, W // 2)
     winners: Tensor | None = None  # which of each four, uint8
 
     @property
-    def output(self) -> cpu.Pending:
+    def output(self) -> Pending:
         """What the next layer reads."""
-        return self.pending if self.pooled is None else cpu.Pending(self.pooled)
+        return self.pending if self.pooled is None else Pending(self.pooled)
 
     @property
     def statistics(self) -> tuple[Tensor | None, ...]:
@@ -51,8 +53,8 @@ def restored(
     """A layer's stage, from the tensors of it that were saved, in whatever memory layout they come back."""
     stored, pooled, winners = (t if t is None else checks.channels_last(t) for t in (stored, pooled, winners))  # type: ignore[assignment]
     normalised = layer.batch_statistics is not None
-    pending = cpu.Pending(
-        stored, scale, shift, mean, var, cpu.float32(own.bn_weight), cpu.float32(own.bn_bias),
+    pending = Pending(
+        stored, scale, shift, mean, var, float32(own.bn_weight), float32(own.bn_bias),
         layer.eps if normalised else 0.0, layer.negative_slope, layer.activation_first, bool(layer.batch_statistics),
         normalised,
     )  # fmt: skip
@@ -68,7 +70,7 @@ def run_forward(
     keep: Callable[[Stage], object] | None = None,
 ) -> Tensor:
     """The last layer's activation; ``keep`` is called with each layer's stage."""
-    stage, written = Stage(cpu.Pending(checks.channels_last(input))), None
+    stage, written = Stage(Pending(checks.channels_last(input))), None
     for i, own in enumerate(by_layer(tensors), 1):
         added = residual if i == len(layers) else None
         stage, written = _forward(layers[i - 1], own, stage.output, written, groups, added)
@@ -110,7 +112,7 @@ def run_backward(
     """
     last, size, of_layer = len(layers) - 1, len(Tensors._fields), by_layer(tensors)
     first_wanted = 0 if wants_input else next((i // size for i, want in enumerate(wanted) if want), last)
-    befores = [cpu.Pending(checks.channels_last(input)), *(stage.output for stage in stages[:-1])]
+    befores = [Pending(checks.channels_last(input)), *(stage.output for stage in stages[:-1])]
     grads: list[Tensor | None] = [None] * len(wanted)
     grad: Tensor | None = grad_output
     sums, of_residual = None, None
@@ -142,7 +144,7 @@ def forward_direction(layer: Layer) -> cpu.Direction:
 def _forward(
     layer: Layer,
     own: Tensors,
-    before: cpu.Pending,
+    before: Pending,
     written: Tensor | None,
     groups: int,
     residual: Tensor | None = None,
@@ -179,17 +181,17 @@ def _forward(
                     groups,
                     *running,  # type: ignore[call-arg]
                 )
-            pending = cpu.with_statistics(output, *norm, mean, var, *options, True)  # type: ignore[call-arg]
+            pending = with_statistics(output, *norm, mean, var, *options, True)  # type: ignore[call-arg]
         else:
-            fixed = (None, None) if layer.batch_statistics is None else (layer.running_mean, layer.running_var)
-            pending = cpu.fixed(output, *norm, *fixed, *options, groups)  # type: ignore[call-arg]
+            given = (None, None) if layer.batch_statistics is None else (layer.running_mean, layer.running_var)
+            pending = fixed(output, *norm, *given, *options, groups)  # type: ignore[call-arg]
     _move_running_statistics(layer, pending)
     if residual is not None and activation is None:
         activation = cpu.activate_add(pending, residual)
     return (Stage(pending, *cpu.max_pool(pending)), None) if layer.max_pool else (Stage(pending), activation)
 
 
-def _move_running_statistics(layer: Layer, pending: cpu.Pending) -> None:
+def _move_running_statistics(layer: Layer, pending: Pending) -> None:
     """Where the kernel could not."""
     mean, var = layer.running_mean, layer.running_var
     if not layer.batch_statistics or moves_in_kernel(layer) or mean is None or var is None:
@@ -214,7 +216,7 @@ def _raw_gradient(stage: Stage, grad: Tensor, sums: Tensor | None) -> tuple[Tens
 
 
 def _convolution_gradients(
-    layer: Layer, own: Tensors, raw: Tensor, before: cpu.Pending, wants_input: bool, wants_weight: bool
+    layer: Layer, own: Tensors, raw: Tensor, before: Pending, wants_input: bool, wants_weight: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """From the raw output's gradient: what :func:`_raw_gradient` takes of the layer before, and the weight's."""
     kernel = cpu.chosen_convolution(layer.geometry, own.weight, before.stored.shape, raw.dtype, "backward")

@@ -19,18 +19,14 @@ except ImportError as error:  # a source tree that was not built: plain torch ru
 else:
     _missing = ""
     from ganvas.ops.backends.cpu import batch_norm_leaky_relu, gan_loss, linear
-    from ganvas.ops.backends.cpu.arguments import float32
     from ganvas.ops.backends.cpu.convolution import NativeConvolution, chosen_convolution, native_convolution
     from ganvas.ops.backends.cpu.max_pool import max_pool, max_pool_backward
     from ganvas.ops.backends.cpu.pending import (
-        Pending,
         activate,
         activate_add,
         activate_add_backward,
         activate_backward,
-        fixed,
         settle,
-        with_statistics,
     )
     from ganvas.ops.backends.cpu.trial import Direction
 
@@ -87,7 +83,6 @@ def is_float32(values: Tensor) -> bool:
 __all__ = [
     "Direction",
     "NativeConvolution",
-    "Pending",
     "activate",
     "activate_add",
     "activate_add_backward",
@@ -95,8 +90,6 @@ __all__ = [
     "batch_norm_leaky_relu",
     "can_run",
     "chosen_convolution",
-    "fixed",
-    "float32",
     "gan_loss",
     "holds",
     "is_float32",
@@ -107,5 +100,4 @@ __all__ = [
     "runs_as_operator",
     "runs_directly",
     "settle",
-    "with_statistics",
 ]

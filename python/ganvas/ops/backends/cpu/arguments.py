@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import overload
-
 import torch
 from torch import Tensor
 
@@ -20,17 +18,6 @@ def dtype_of(tensor: Tensor) -> native.Dtype:
         raise TypeError(f"the native kernels take float32 and bfloat16; got {tensor.dtype}") from None
 
 
-@overload
-def float32(values: Tensor) -> Tensor: ...
-@overload
-def float32(values: Tensor | None) -> Tensor | None: ...
-def float32(values: Tensor | None) -> Tensor | None:
-    """Per-channel parameters as the kernels read them. The caller keeps the result alive during the native call."""
-    if values is None or (values.dtype is torch.float32 and values.is_contiguous()):
-        return values
-    return values.float().contiguous()
-
-
 def empty(*shape: int) -> Tensor:
     """Uninitialised float32 memory of the CPU, wherever torch's default device may be."""
     return torch.empty(shape, dtype=torch.float32, device="cpu")
@@ -39,8 +26,3 @@ def empty(*shape: int) -> Tensor:
 def empty_pixels(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """The same for (N, C, H, W), channels_last."""
     return torch.empty(shape, dtype=dtype, device="cpu", memory_format=torch.channels_last)
-
-
-def address(tensor: Tensor | None) -> int:
-    """Where ``tensor`` begins; 0 for None."""
-    return 0 if tensor is None else tensor.data_ptr()

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ganvas import _native as native
-from ganvas.ops.backends.cpu.arguments import address, dtype_of, empty, float32
+from ganvas.ops.backends.arguments import address, float32
+from ganvas.ops.backends.cpu.arguments import dtype_of, empty
 from ganvas.ops.checks import native_layout
 from ganvas.ops.schemas import library
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ganvas.ops import tuning
 from ganvas.ops.backends.cpu import stride2, winograd
-from ganvas.ops.backends.cpu.pending import Pending
 from ganvas.ops.backends.cpu.trial import Direction, candidates
 from ganvas.ops.convolution import Geometry
+from ganvas.ops.pending import Pending
 
 _STRIDE_2 = Geometry(stride=(2, 2), padding=(1, 1))
 

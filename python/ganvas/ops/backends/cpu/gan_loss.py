@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ganvas import _native as native
-from ganvas.ops.backends.cpu.arguments import address, dtype_of
+from ganvas.ops.backends.arguments import address
+from ganvas.ops.backends.cpu.arguments import dtype_of
 from ganvas.ops.schemas import library
 
 _KINDS = {kind.name: kind for kind in native.GanLoss}

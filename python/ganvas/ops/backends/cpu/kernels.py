@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ganvas.ops.backends.cpu.arguments import address, dtype_of, empty, float32
-from ganvas.ops.backends.cpu.pending import Pending, statistics
+from ganvas.ops.backends.arguments import address, float32
+from ganvas.ops.backends.cpu.arguments import dtype_of, empty
+from ganvas.ops.pending import Pending, statistics
 
 LEAST_CHANNELS = 16  # below, the transforms outweigh the products that they save
 
@@ -50,7 +51,7 @@ class Kernels(NamedTuple):
     ) -> Pending:
         """``output``, filled, with the norm and the activation after it pending; statistics taken on the way."""
         bias, bn_weight, bn_bias = float32(bias), float32(bn_weight), float32(bn_bias)
-        mean, var, scale, shift = statistics(groups, output.shape[1])
+        mean, var, scale, shift = statistics(groups, output)
         self.forward_statistics_kernel(
             *_input_arguments(padding, input, weight, groups), weight.data_ptr(), weight.stride(), address(bias),
             output.data_ptr(), address(bn_weight), address(bn_bias), eps, activation_first, negative_slope,

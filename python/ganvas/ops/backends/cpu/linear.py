@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ganvas import _native as native
 from ganvas.ops import tuning
-from ganvas.ops.backends.cpu.arguments import address, empty, float32
+from ganvas.ops.backends.arguments import address, float32
+from ganvas.ops.backends.cpu.arguments import empty
 
 LEAST_MULTIPLICATIONS = 2**22  # below, a call costs as much as it saves
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ganvas import _native as native
-from ganvas.ops.backends.cpu.arguments import address, dtype_of, empty, empty_pixels
-from ganvas.ops.backends.cpu.pending import Pending
+from ganvas.ops.backends.arguments import address
+from ganvas.ops.backends.cpu.arguments import dtype_of, empty, empty_pixels
+from ganvas.ops.pending import Pending
 
 
 def max_pool(input: Pending) -> tuple[Tensor, Tensor]:

@@ -15,8 +15,9 @@ from torch import Tensor
 from ganvas.ops import checks
 from ganvas.ops.backends.cpu import batch_norm_leaky_relu
 from ganvas.ops.backends.cpu.arguments import empty, empty_pixels
-from ganvas.ops.backends.cpu.pending import Pending, activate, activate_backward, fixed, settle, with_statistics
+from ganvas.ops.backends.cpu.pending import activate, activate_backward, settle
 from ganvas.ops.convolution import Geometry, convolve, convolve_backward
+from ganvas.ops.pending import Pending, fixed, with_statistics
 
 if TYPE_CHECKING:
     from ganvas.ops.backends.cpu.convolution import NativeConvolution

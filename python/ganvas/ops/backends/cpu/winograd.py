@@ -10,8 +10,8 @@ from torch import Tensor
 from ganvas import _native as native
 from ganvas.ops.backends.cpu.arguments import empty_pixels
 from ganvas.ops.backends.cpu.kernels import LEAST_CHANNELS, Kernels
-from ganvas.ops.backends.cpu.pending import Pending
 from ganvas.ops.convolution import Geometry
+from ganvas.ops.pending import Pending
 
 _KERNELS = Kernels(
     native.winograd_forward,

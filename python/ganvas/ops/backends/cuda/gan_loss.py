@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ganvas import _native as native
-from ganvas.ops.backends.cpu.arguments import address
+from ganvas.ops.backends.arguments import address
 from ganvas.ops.schemas import library
 
 _KINDS = {kind.name: kind for kind in native.GanLoss}

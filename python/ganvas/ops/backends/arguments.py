@@ -1,0 +1,24 @@
+"""How tensors become what native code takes, whatever the device."""
+
+from __future__ import annotations
+
+from typing import overload
+
+import torch
+from torch import Tensor
+
+
+@overload
+def float32(values: Tensor) -> Tensor: ...
+@overload
+def float32(values: Tensor | None) -> Tensor | None: ...
+def float32(values: Tensor | None) -> Tensor | None:
+    """Per-channel parameters as the kernels read them. The caller keeps the result alive during the native call."""
+    if values is None or (values.dtype is torch.float32 and values.is_contiguous()):
+        return values
+    return values.float().contiguous()
+
+
+def address(tensor: Tensor | None) -> int:
+    """Where ``tensor`` begins; 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()

@@ -1,0 +1,87 @@
+"""Activations that were never written: a convolution's raw output and the per-channel map that makes them of it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ganvas.ops.backends.arguments import float32
+
+
+class Pending(NamedTuple):
+    """lrelu(scale*stored + shift), or scale*lrelu(stored) + shift where the activation comes first.
+
+    scale = γ/√(var + eps), shift = β - mean*scale, (G, C) float32 for G statistics groups. Without them it is
+    ``stored``.
+    """
+
+    stored: Tensor  # (N, C, H, W), channels_last
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    mean: Tensor | None = None
+    var: Tensor | None = None
+    weight: Tensor | None = None  # γ: (C,) float32; None: 1
+    bias: Tensor | None = None  # β
+    eps: float = 0.0
+    negative_slope: float = 1.0
+    activation_first: bool = False
+    batch_statistics: bool = False
+    normalised: bool = True
+    """False: there is no norm, scale and shift are 1 and 0."""
+
+
+def statistics(groups: int, like: Tensor) -> Tensor:
+    """Uninitialised (mean, var, scale, shift): four rows of (G, C) float32, one allocation; C is that of ``like``."""
+    return torch.empty((4, groups, like.shape[1]), dtype=torch.float32, device=like.device)
+
+
+def fixed(
+    stored: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,  # (C,) None: no norm
+    var: Tensor | None,
+    eps: float,
+    negative_slope: float,
+    activation_first: bool,
+    groups: int,
+) -> Pending:
+    """A pending activation whose statistics are given, or which has none."""
+    if mean is None or var is None:
+        zeros, ones = (
+            torch.full((groups, stored.shape[1]), value, dtype=torch.float32, device=stored.device)
+            for value in (0.0, 1.0)
+        )
+        return Pending(
+            stored, ones, zeros, zeros, ones, negative_slope=negative_slope, activation_first=activation_first,
+            normalised=False,
+        )  # fmt: skip
+    channels = stored.shape[1]
+    return with_statistics(
+        stored, weight, bias, mean.float().expand(groups, channels).contiguous(),
+        var.float().expand(groups, channels).contiguous(), eps, negative_slope, activation_first, False,
+    )  # fmt: skip
+
+
+def with_statistics(
+    stored: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,  # (G, C) float32
+    var: Tensor,
+    eps: float,
+    negative_slope: float,
+    activation_first: bool,
+    batch_statistics: bool,
+) -> Pending:
+    """Scale and shift from statistics that another kernel took."""
+    weight, bias = float32(weight), float32(bias)
+    scale = (var.double() + eps).rsqrt().float()
+    if weight is not None:
+        scale = scale * weight
+    shift = -mean * scale if bias is None else bias - mean * scale
+    return Pending(
+        stored, scale, shift, mean, var, weight, bias, eps, negative_slope, activation_first, batch_statistics
+    )
