@@ -10,6 +10,9 @@ from torch import Tensor
 
 # Results do not depend on what happens to be fast while the tests run; those of the choice turn it on for themselves.
 os.environ.setdefault("GANVAS_AUTOTUNE", "0")
+# Before anything imports triton: without a GPU its kernels run in the interpreter.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 class Accuracy:

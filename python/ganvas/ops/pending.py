@@ -32,6 +32,21 @@ class Pending(NamedTuple):
     """False: there is no norm, scale and shift are 1 and 0."""
 
 
+class PendingGradient(NamedTuple):
+    """dL/d stored = (alpha*grad + beta*x + delta)·kink of a pending activation, where x is ``stored`` and the kink 1.
+
+    If the activation comes first, x is lrelu(stored) and the kink 1 or negative_slope by the sign of ``stored``.
+    """
+
+    grad: Tensor  # dL/d(scale*x + shift), (N, C, H, W), channels_last
+    stored: Tensor  # like grad
+    alpha: Tensor  # (G, C) float32
+    beta: Tensor
+    delta: Tensor
+    negative_slope: float = 1.0
+    activation_first: bool = False
+
+
 def statistics(groups: int, like: Tensor) -> Tensor:
     """Uninitialised (mean, var, scale, shift): four rows of (G, C) float32, one allocation; C is that of ``like``."""
     return torch.empty((4, groups, like.shape[1]), dtype=torch.float32, device=like.device)

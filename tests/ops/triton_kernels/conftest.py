@@ -1,0 +1,16 @@
+"""The kernels run on the GPU where there is one, otherwise in Triton's interpreter (tests/conftest.py turns it on)."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # for gathers.py
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
