@@ -73,7 +73,7 @@ def test_without_the_native_module_plain_torch_runs(monkeypatch):
 @pytest.fixture
 def imagined_gpu(monkeypatch):
     """A device for tensors without memory, which as far as anyone can ask takes the kernels: for the choice alone."""
-    monkeypatch.setattr(cuda, "_missing", "")
+    monkeypatch.setattr(cuda, "MISSING", "")
     monkeypatch.setattr(cuda, "_device_refusals", {})
     monkeypatch.setattr(cuda, "native", SimpleNamespace(cuda_refusal=lambda index: ""))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
@@ -99,7 +99,7 @@ def test_cuda_kernels_give_their_reason_to_refuse(imagined_gpu, monkeypatch):
     assert "got one on cpu" in cuda.can_run("generator_loss", torch.empty(4))
     assert "got torch.float64" in cuda.can_run("generator_loss", logits.double())
     assert cuda.can_run("batch_norm_leaky_relu", logits) == "batch_norm_leaky_relu has no CUDA kernel yet"
-    monkeypatch.setattr(cuda, "_missing", "this build of ganvas has no CUDA kernels")
+    monkeypatch.setattr(cuda, "MISSING", "this build of ganvas has no CUDA kernels")
     assert "no CUDA kernels" in cuda.can_run("generator_loss", logits)
 
 

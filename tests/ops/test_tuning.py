@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import threading
@@ -95,7 +96,7 @@ def test_the_faster_way_is_taken_and_the_native_one_within_the_margin(clock, nat
 def test_forward_and_backward_are_choices_of_their_own(clock):
     assert choice(direction="forward_with_statistics")
     clock.native = 3.0
-    assert not choice(direction="backward")
+    assert not choice(direction="backward_weight")
     assert choice(direction="forward_with_statistics")
     assert clock.measurements == 2
 
@@ -131,7 +132,7 @@ def test_dtypes_and_numbers_of_threads_have_choices_of_their_own(clock):
 @pytest.mark.parametrize("shape", [(1, 16, 4096, 4096), (4096, 16, 8, 8), (1, 1024, 4, 4), (3, 512, 70, 1)])
 def test_what_is_measured_is_small(monkeypatch, shape):
     outputs: list[Tensor] = []
-    monkeypatch.setattr(tuning, "_time_in_turns", lambda *ways: outputs.append(ways[0]()) or [1.0, 2.0])
+    monkeypatch.setattr(tuning, "_time_in_turns", lambda *ways: outputs.append(ways[0]()[0]) or [1.0, 2.0])
     choice(shape, channels=shape[1])
     assert outputs[0].nbytes <= 24 * 2**20
 
@@ -254,7 +255,7 @@ def test_a_damaged_file_is_named_once_and_begun_anew(clock, caplog, content):
     tuning.path().parent.mkdir(parents=True)
     tuning.path().write_bytes(content)
     assert choice()
-    assert choice(direction="backward")
+    assert choice(direction="backward_weight")
     assert [record.message.split(" (")[0] for record in caplog.records] == [
         "measured choices of kernels cannot be read"
     ]
@@ -266,7 +267,7 @@ def test_a_damaged_file_is_named_once_and_begun_anew(clock, caplog, content):
 def test_a_folder_that_cannot_be_written_is_named_once_and_choices_last_as_long_as_the_process(clock, caplog, cache):
     cache.write_text("a file where the folder should be")
     choice()
-    choice(direction="backward")
+    choice(direction="backward_weight")
     tuning.decisions.clear()
     choice()
     assert clock.measurements == 2
@@ -308,7 +309,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(clock, cache, 
         raise OSError("no space left on device")
 
     monkeypatch.setattr(os, "replace", full)
-    choice(direction="backward")
+    choice(direction="backward_weight")
     assert tuning.path().read_bytes() == old
     assert sorted(path.suffix for path in cache.iterdir()) == [".json", ".lock"]
 
@@ -358,7 +359,7 @@ def test_the_usual_way_is_given_up_after_all_turns_only(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("direction", ["forward", "forward_with_statistics", "backward"])
+@pytest.mark.parametrize("direction", ["forward", "forward_with_statistics", "backward_input", "backward_weight"])
 @pytest.mark.parametrize(
     ("geometry", "size"),
     [
@@ -406,10 +407,10 @@ def test_training_and_inference_measure_what_they_run():
     running = torch.zeros(16), torch.ones(16)
     arguments = (weight, None, layer.bn_weight, layer.bn_bias, *running)
     conv_bn_leaky_relu(x, *arguments, padding=1, training=True).sum().backward()
-    assert {e.case.direction for e in tuning.entries()} == {"backward", "forward_with_statistics"}
+    assert {e.case.direction for e in tuning.entries()} == {"backward_weight", "forward_with_statistics"}
     with torch.inference_mode():
         conv_bn_leaky_relu(x, *arguments, padding=1)
-    assert {e.case.direction for e in tuning.entries()} == {"backward", "forward", "forward_with_statistics"}
+    assert {e.case.direction for e in tuning.entries()} == {"backward_weight", "forward", "forward_with_statistics"}
 
 
 def test_a_compiled_chain_measures_when_it_runs():
@@ -421,26 +422,27 @@ def test_a_compiled_chain_measures_when_it_runs():
         return conv_bn_leaky_relu(x, weight, None, layer.bn_weight, layer.bn_bias, None, None, padding=1, training=True)
 
     train(_image()).sum().backward()
-    assert {entry.case.direction for entry in tuning.entries()} == {"backward", "forward_with_statistics"}
+    assert {entry.case.direction for entry in tuning.entries()} == {"backward_weight", "forward_with_statistics"}
 
 
-def _choose(forward: bool, backward: bool) -> None:
+def _choose(forward: bool, of_weight: bool, of_input: bool) -> None:
     """As if it had been measured."""
-    for direction, native in (("forward_with_statistics", forward), ("backward", backward)):
+    directions = {"forward_with_statistics": forward, "backward_weight": of_weight, "backward_input": of_input}
+    for direction, native in directions.items():
         known = case()._replace(direction=direction)
         tuning._remembered[known] = tuning.Entry(known, 1.0, 2.0 if native else 0.5)
 
 
-@pytest.mark.parametrize(("forward", "backward"), [(True, True), (True, False), (False, True), (False, False)])
-def test_a_chain_is_taken_where_one_of_its_ways_is_native(forward, backward):
-    _choose(forward, backward)
-    assert can_chain(_image(), [_layer()]) is (forward or backward)
+@pytest.mark.parametrize("native", list(itertools.product((True, False), repeat=3)))
+def test_a_chain_is_taken_where_one_of_its_ways_is_native(native):
+    _choose(*native)
+    assert can_chain(_image(), [_layer()]) is any(native)
     with torch.no_grad():
-        assert can_chain(_image(), [_layer()]) is forward
+        assert can_chain(_image(), [_layer()]) is native[0]
 
 
-@pytest.mark.parametrize(("forward", "backward"), [(True, False), (False, True), (False, False)])
-def test_every_choice_gives_the_same_gradients(accuracy, forward, backward):
+@pytest.mark.parametrize("choices", list(itertools.product((True, False), repeat=3))[1:])
+def test_every_choice_gives_the_same_gradients(accuracy, choices):
     x, layers = _image(), [_layer(), _layer()]
     grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
 
@@ -451,9 +453,9 @@ def test_every_choice_gives_the_same_gradients(accuracy, forward, backward):
         wanted = [leaf, *(getattr(layer, name) for layer in own for name in _GRADS)]
         return [output.detach(), *torch.autograd.grad(output, wanted, grad.to(dtype))]
 
-    _choose(forward, backward)
+    _choose(*choices)
     ours = gradients(torch.float32, conv_bn_leaky_relu_chain)
-    _choose(True, True)
+    _choose(True, True, True)
     tuning.decisions.clear()
     native = gradients(torch.float32, conv_bn_leaky_relu_chain)
     exact, torchs = (gradients(dtype, _one_after_the_other) for dtype in (torch.float64, torch.float32))

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ganvas.ops import checks
-from ganvas.ops.backends import cpu, reference
-from ganvas.ops.backends.cpu import is_float32, runs_directly
+from ganvas.ops.backends import reference
+from ganvas.ops.direct import is_float32, runs_directly
+from ganvas.ops.kernels import kernels_of
 from ganvas.ops.schemas import ops
 from ganvas.ops.selection import choose
 
@@ -93,9 +94,9 @@ def batch_norm_leaky_relu(
         fixed: tuple[Any, ...] = (running_mean, running_var, eps, negative_slope)
         graph = _needs_graph(input, weight, bias, residual)
         if residual is not None:
-            evaluate_add = _EvaluateAdd.apply if graph else cpu.batch_norm_leaky_relu.add_evaluate
+            evaluate_add = _EvaluateAdd.apply if graph else _kernels(input).add_evaluate
             return evaluate_add(input, weight, bias, residual, *fixed)
-        evaluate: Callable[..., Tensor] = _Evaluate.apply if graph else cpu.batch_norm_leaky_relu.evaluate
+        evaluate: Callable[..., Tensor] = _Evaluate.apply if graph else _kernels(input).evaluate
         return evaluate(input, weight, bias, *fixed, activation_first)
     options = (eps, negative_slope, activation_first, statistics_groups)
     if momentum and running_mean is not None and running_var is not None:
@@ -130,6 +131,10 @@ def move_running_statistics(
         variances.lerp_(unbiased[group].to(variances.dtype), momentum)
 
 
+def _kernels(tensor: Tensor) -> Any:
+    return kernels_of(tensor).batch_norm_leaky_relu
+
+
 def _needs_graph(input: Tensor, *others: Tensor | None) -> bool:
     """Whether autograd, or somebody else, has to see the operation: otherwise the kernel is called straight."""
     if not runs_directly(input):
@@ -139,7 +144,7 @@ def _needs_graph(input: Tensor, *others: Tensor | None) -> bool:
 
 def _train(input, weight, bias, residual, running, eps, negative_slope, activation_first, groups):
     if not _needs_graph(input, weight, bias, residual):
-        kernels, moved = cpu.batch_norm_leaky_relu, running or ()
+        kernels, moved = _kernels(input), running or ()
         if residual is not None:
             return kernels.add_train(input, weight, bias, residual, eps, negative_slope, groups, *moved)
         return kernels.train(input, weight, bias, eps, negative_slope, activation_first, groups, *moved)
@@ -155,7 +160,7 @@ class _Train(torch.autograd.Function):
     def forward(ctx, input, weight, bias, running, eps, negative_slope, activation_first, groups):  # type: ignore[override]
         options = (eps, negative_slope, activation_first, groups)
         if runs_directly(input):
-            output, mean, var = cpu.batch_norm_leaky_relu.train(input, weight, bias, *options, *(running or ()))
+            output, mean, var = _kernels(input).train(input, weight, bias, *options, *(running or ()))
         else:
             output, mean, var = ops.batch_norm_leaky_relu_train(input, weight, bias, *options)
         ctx.save_for_backward(input, weight, bias, mean, var)
@@ -181,7 +186,7 @@ class _Evaluate(torch.autograd.Function):
     def forward(ctx, input, weight, bias, mean, var, eps, negative_slope, activation_first):  # type: ignore[override]
         ctx.save_for_backward(input, weight, bias, mean, var)
         ctx.options = (eps, negative_slope, activation_first, 1)
-        run = cpu.batch_norm_leaky_relu.evaluate if runs_directly(input) else ops.batch_norm_leaky_relu_eval
+        run = _kernels(input).evaluate if runs_directly(input) else ops.batch_norm_leaky_relu_eval
         return run(input, weight, bias, mean, var, eps, negative_slope, activation_first)
 
     @staticmethod
@@ -201,7 +206,7 @@ class _TrainAdd(torch.autograd.Function):
     def forward(ctx, input, weight, bias, residual, running, eps, negative_slope, groups):  # type: ignore[override]
         options = (eps, negative_slope, groups)
         if runs_directly(input):
-            run = cpu.batch_norm_leaky_relu.add_train
+            run = _kernels(input).add_train
             output, mean, var = run(input, weight, bias, residual, *options, *(running or ()))
         else:
             output, mean, var = ops.batch_norm_add_leaky_relu_train(input, weight, bias, residual, *options)
@@ -221,7 +226,7 @@ class _EvaluateAdd(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, weight, bias, residual, mean, var, eps, negative_slope):  # type: ignore[override]
         direct = runs_directly(input)
-        run = cpu.batch_norm_leaky_relu.add_evaluate if direct else ops.batch_norm_add_leaky_relu_eval
+        run = _kernels(input).add_evaluate if direct else ops.batch_norm_add_leaky_relu_eval
         output = run(input, weight, bias, residual, mean, var, eps, negative_slope)
         _save_for_add_backward(ctx, output, input, weight, bias, mean, var, False, (eps, negative_slope, 1))
         return output
@@ -245,7 +250,7 @@ def _add_backward(ctx, grad_output):
     norm = (input, weight, bias, mean, var, ctx.training, eps)
     if output is not None and not torch.is_grad_enabled():
         direct = runs_directly(grad_output)
-        run = cpu.batch_norm_leaky_relu.add_backward if direct else ops.batch_norm_add_leaky_relu_backward
+        run = _kernels(grad_output).add_backward if direct else ops.batch_norm_add_leaky_relu_backward
         *grads, grad_residual = run(grad_output, output, *norm, negative_slope, groups)
         return *_of_parameters(grads, weight, bias), grad_residual
     if output is not None:
@@ -260,8 +265,9 @@ def _add_backward(ctx, grad_output):
 def _native_backward(
     grad_output, input, weight, bias, mean, var, training, eps, negative_slope, activation_first, groups
 ):
-    run = cpu.batch_norm_leaky_relu.backward if runs_directly(grad_output) else ops.batch_norm_leaky_relu_backward
-    grads = run(grad_output, input, weight, bias, mean, var, training, eps, negative_slope, activation_first, groups)
+    direct = runs_directly(grad_output)
+    kernel = _kernels(grad_output).backward if direct else ops.batch_norm_leaky_relu_backward
+    grads = kernel(grad_output, input, weight, bias, mean, var, training, eps, negative_slope, activation_first, groups)
     return _of_parameters(grads, weight, bias)
 
 

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from ganvas.ops import chain_operators
-from ganvas.ops.backends import cpu
 from ganvas.ops.chain_passes import (
     Stage,
     differentiable_backward,
@@ -24,6 +23,8 @@ from ganvas.ops.chain_passes import (
     run_backward,
     run_forward,
 )
+from ganvas.ops.direct import holds, runs_as_operator, runs_directly
+from ganvas.ops.kernels import kernels_of
 from ganvas.ops.layers import Layer, by_layer
 from ganvas.ops.selection import choose
 
@@ -39,12 +40,12 @@ def can_chain(
     """
     if input.dim() != 4 or input.numel() == 0 or input.shape[0] % statistics_groups:
         return False
-    if not (cpu.runs_directly(input) or cpu.runs_as_operator(input)):
+    if not (runs_directly(input) or runs_as_operator(input)):
         return False
     dtype = _computed_dtype(input)
-    if choose("conv_bn_leaky_relu", input, None) != "cpu" or dtype not in (torch.float32, torch.bfloat16):
+    if choose("conv_bn_leaky_relu", input, None) == "reference" or dtype not in kernels_of(input).DTYPES:
         return False
-    autocast = torch.is_autocast_enabled("cpu")
+    autocast = torch.is_autocast_enabled(input.device.type)
     convolutions = []
     shape = input.shape
     for layer in layers:
@@ -56,7 +57,8 @@ def can_chain(
         convolutions.append((layer, shape))
         convolved = layer.convolved_shape(shape)
         per_channel = (layer.bias, layer.bn_weight, layer.bn_bias, layer.running_mean, layer.running_var)
-        if not cpu.holds(weight, weight.shape) or not all(cpu.holds(v, (convolved[1],)) for v in per_channel):
+        expected = ((weight, weight.shape), *((values, (convolved[1],)) for values in per_channel))
+        if not all(holds(tensor, size, input.device) for tensor, size in expected):
             return False
         shape = layer.output_shape(shape)
         if min(shape) < 1:
@@ -65,7 +67,7 @@ def can_chain(
         if layer.batch_statistics and convolved[0] * convolved[2] * convolved[3] == statistics_groups:
             return False
     if residual is not None:
-        if not (cpu.holds(residual, shape) and residual.dtype is dtype):
+        if not (holds(residual, shape, input.device) and residual.dtype is dtype):
             return False  # torch broadcasts and promotes
         if layers[-1].negative_slope < 0:
             return False  # the output's sign would not tell the side of the kink
@@ -74,13 +76,13 @@ def can_chain(
 
 def _is_native(layer: Layer, input_shape: torch.Size, dtype: torch.dtype) -> bool:
     """Whether a native kernel runs, forward or backward. In a graph it is the operator that measures, when it runs."""
+    kernels, arguments = kernels_of(layer.weight), (layer.geometry, layer.weight, input_shape, dtype)
     if torch.compiler.is_compiling():
-        return cpu.native_convolution(layer.geometry, layer.weight, input_shape) is not None
-    arguments = (layer.geometry, layer.weight, input_shape, dtype)
-    forward = cpu.chosen_convolution(*arguments, forward_direction(layer))
-    return forward is not None or (
-        torch.is_grad_enabled() and cpu.chosen_convolution(*arguments, "backward") is not None
-    )
+        return kernels.native_convolution(*arguments) is not None
+    directions = [forward_direction(layer)]
+    if torch.is_grad_enabled():
+        directions += ["backward_weight", "backward_input"]
+    return any(kernels.chosen_convolution(*arguments, direction) is not None for direction in directions)
 
 
 def conv_bn_leaky_relu_chain(
@@ -127,7 +129,7 @@ class _Chain(torch.autograd.Function):
         input, residual, result, *saved = ctx.saved_tensors
         layers, count = ctx.layers, len(ctx.needs_input_grad) - 4
         tensors, kept = saved[:count], saved[count:]
-        if torch.is_grad_enabled() or not cpu.runs_directly(grad_output):
+        if torch.is_grad_enabled() or not runs_directly(grad_output):
             grads = differentiable_backward(grad_output, input, residual, layers, ctx.groups, tensors)
         else:
             size = len(kept) // len(layers)
@@ -144,4 +146,5 @@ class _Chain(torch.autograd.Function):
 
 def _computed_dtype(input: Tensor) -> torch.dtype:
     """Of the tensors between the layers: autocast's where that is on."""
-    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else input.dtype
+    device = input.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype

@@ -13,10 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ganvas.ops import checks
-from ganvas.ops.backends import cpu, reference
+from ganvas.ops.backends import reference
 from ganvas.ops.backends.arguments import float32
 from ganvas.ops.batch_norm_leaky_relu import move_running_statistics, reference_gradients
 from ganvas.ops.convolution import convolve, convolve_backward
+from ganvas.ops.direct import is_float32
+from ganvas.ops.kernels import kernels_of
 from ganvas.ops.layers import Layer, Tensors, by_layer
 from ganvas.ops.pending import Pending, fixed, with_statistics
 
@@ -76,7 +78,7 @@ def run_forward(
         stage, written = _forward(layers[i - 1], own, stage.output, written, groups, added)
         if keep is not None:
             keep(stage)
-    return cpu.activate(stage.output) if written is None else written
+    return kernels_of(input).activate(stage.output) if written is None else written
 
 
 def moves_in_kernel(layer: Layer) -> bool:
@@ -84,7 +86,7 @@ def moves_in_kernel(layer: Layer) -> bool:
     mean, var = layer.running_mean, layer.running_var
     if not layer.batch_statistics or not layer.momentum or mean is None or var is None:
         return False
-    return cpu.is_float32(mean) and cpu.is_float32(var)
+    return is_float32(mean) and is_float32(var)
 
 
 class Gradients(NamedTuple):
@@ -120,7 +122,7 @@ def run_backward(
         layer, own, wants = layers[i], of_layer[i], wanted[size * i :][:size]
         assert grad is not None
         if has_residual and i == last:
-            raw, of_bn_weight, of_bn_bias, of_residual = cpu.activate_add_backward(
+            raw, of_bn_weight, of_bn_bias, of_residual = kernels_of(grad).activate_add_backward(
                 checks.channels_last(grad), output, stages[i].pending
             )
         else:
@@ -136,7 +138,7 @@ def run_backward(
     return Gradients(grad if wants_input else None, of_residual, grads)
 
 
-def forward_direction(layer: Layer) -> cpu.Direction:
+def forward_direction(layer: Layer) -> str:
     """Which of a convolution's ways forward the layer takes."""
     return "forward_with_statistics" if layer.batch_statistics else "forward"
 
@@ -153,7 +155,10 @@ def _forward(
     if residual is not None:
         residual = checks.channels_last(residual)
     stored = before.stored
-    kernel = cpu.chosen_convolution(layer.geometry, own.weight, stored.shape, stored.dtype, forward_direction(layer))
+    kernels = kernels_of(stored)
+    kernel = kernels.chosen_convolution(
+        layer.geometry, own.weight, stored.shape, stored.dtype, forward_direction(layer)
+    )
     norm: Any = (own.bn_weight, own.bn_bias)
     options: Any = (layer.eps, layer.negative_slope, layer.activation_first)
     running: Any = (
@@ -166,13 +171,13 @@ def _forward(
         if kernel is not None:
             output = kernel.forward(before, own.weight, own.bias)
         else:
-            input = cpu.activate(before) if written is None else written
+            input = kernels.activate(before) if written is None else written
             output = checks.channels_last(convolve(input, *_of_dtype(own, input.dtype), layer.geometry))
         if layer.batch_statistics:
             if residual is None:
-                activation, mean, var = cpu.batch_norm_leaky_relu.train(output, *norm, *options, groups, *running)  # type: ignore[call-arg]
+                activation, mean, var = kernels.batch_norm_leaky_relu.train(output, *norm, *options, groups, *running)  # type: ignore[call-arg]
             else:
-                activation, mean, var = cpu.batch_norm_leaky_relu.add_train(
+                activation, mean, var = kernels.batch_norm_leaky_relu.add_train(
                     output,
                     *norm,
                     residual,
@@ -187,8 +192,8 @@ def _forward(
             pending = fixed(output, *norm, *given, *options, groups)  # type: ignore[call-arg]
     _move_running_statistics(layer, pending)
     if residual is not None and activation is None:
-        activation = cpu.activate_add(pending, residual)
-    return (Stage(pending, *cpu.max_pool(pending)), None) if layer.max_pool else (Stage(pending), activation)
+        activation = kernels.activate_add(pending, residual)
+    return (Stage(pending, *kernels.max_pool(pending)), None) if layer.max_pool else (Stage(pending), activation)
 
 
 def _move_running_statistics(layer: Layer, pending: Pending) -> None:
@@ -205,31 +210,40 @@ def _move_running_statistics(layer: Layer, pending: Pending) -> None:
 def _raw_gradient(stage: Stage, grad: Tensor, sums: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """From the gradient of what a layer put out: those of its convolution's raw output, γ and β.
 
-    With ``sums`` a convolution's backward pass has begun with it: see :func:`cpu.settle`.
+    With ``sums`` a convolution's backward pass has begun with it: see :func:`ganvas.ops.backends.cpu.settle`.
     """
+    kernels = kernels_of(grad)
     if sums is not None:
-        return cpu.settle(grad, sums, stage.pending)
+        return kernels.settle(grad, sums, stage.pending)
     grad = checks.channels_last(grad)
     if stage.winners is not None:
-        return cpu.max_pool_backward(grad, stage.winners, stage.pending)
-    return cpu.activate_backward(grad, stage.pending)
+        return kernels.max_pool_backward(grad, stage.winners, stage.pending)
+    return kernels.activate_backward(grad, stage.pending)
 
 
 def _convolution_gradients(
     layer: Layer, own: Tensors, raw: Tensor, before: Pending, wants_input: bool, wants_weight: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """From the raw output's gradient: what :func:`_raw_gradient` takes of the layer before, and the weight's."""
-    kernel = cpu.chosen_convolution(layer.geometry, own.weight, before.stored.shape, raw.dtype, "backward")
-    if kernel is None:
+    kernels, stored, geometry = kernels_of(raw), before.stored, layer.geometry
+    shape = (geometry, own.weight, stored.shape, raw.dtype)
+    of_weight = grad = sums = None
+    by_torch = [False, False]
+    if wants_weight:
+        kernel = kernels.chosen_convolution(*shape, "backward_weight")
+        by_torch[1] = kernel is None
+        if kernel is not None:
+            of_weight = kernel.backward_weight(raw, own.weight, before)
+    if wants_input:
+        kernel = kernels.chosen_convolution(*shape, "backward_input")
+        by_torch[0] = kernel is None
+        if kernel is not None:
+            grad, sums = kernel.backward_input(raw, own.weight, before)
+    if any(by_torch):
         weight, _ = _of_dtype(own, raw.dtype)
-        grad, of_weight = convolve_backward(
-            raw, cpu.activate(before), weight, layer.geometry, (wants_input, wants_weight)
-        )
-        return grad, None, of_weight
-    of_weight = kernel.backward_weight(raw, own.weight, before) if wants_weight else None
-    if not wants_input:
-        return None, None, of_weight
-    grad, sums = kernel.backward_input(raw, own.weight, before)
+        activation = kernels.activate(before) if by_torch[1] else stored  # of which torch reads the shape alone
+        torchs = convolve_backward(raw, activation, weight, geometry, (by_torch[0], by_torch[1]))
+        grad, of_weight = (a if b is None else b for a, b in zip((grad, of_weight), torchs))
     return grad, None if before.scale is None else sums, of_weight
 
 

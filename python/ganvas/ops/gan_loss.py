@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from ganvas.ops import checks
-from ganvas.ops.backends import cpu, cuda, reference
-from ganvas.ops.backends.cpu import runs_directly
+from ganvas.ops.backends import reference
 from ganvas.ops.batch_norm_leaky_relu import reference_gradients
+from ganvas.ops.direct import runs_directly
+from ganvas.ops.kernels import kernels_of
 from ganvas.ops.schemas import ops
 from ganvas.ops.selection import choose
 
@@ -76,7 +77,7 @@ def discriminator_loss(
     elif not runs_directly(real):
         loss, metrics = _DiscriminatorLoss.apply(real, fake, kind, label_smoothing)
     else:
-        result = _kernels(real).discriminator_loss(real, fake, kind, label_smoothing)
+        result = kernels_of(real).gan_loss.discriminator_loss(real, fake, kind, label_smoothing)
         if torch.is_grad_enabled() and (real.requires_grad or fake.requires_grad):
             loss, metrics = _attach_discriminator_loss(real, fake, kind, label_smoothing, result)
         else:
@@ -114,7 +115,7 @@ def generator_loss(
         return reference.generator_loss(fake, real, kind)
     if not runs_directly(fake):
         return _GeneratorLoss.apply(fake, real, kind)
-    result = _kernels(fake).generator_loss(fake, real, kind)
+    result = kernels_of(fake).gan_loss.generator_loss(fake, real, kind)
     if torch.is_grad_enabled() and (fake.requires_grad or (real is not None and real.requires_grad)):
         return _attach_generator_loss(fake, real, kind, result)
     return result[0]
@@ -145,10 +146,6 @@ def _check_pair(real: Tensor, fake: Tensor, kind: str) -> None:
             f"kind='relativistic' pairs the logits: fake_logits must have real_logits' shape {tuple(real.shape)}; "
             f"got {tuple(fake.shape)}"
         )
-
-
-def _kernels(logits: Tensor) -> Any:
-    return cuda.gan_loss if logits.is_cuda else cpu.gan_loss
 
 
 # The gradients stay plain attributes of the context: nobody else holds them, so nothing that save_for_backward guards

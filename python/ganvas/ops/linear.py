@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ganvas.ops.backends import cpu
+from ganvas.ops.direct import holds, runs_directly
 from ganvas.ops.selection import choose
 
 
@@ -29,14 +30,16 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _can_run(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    if not cpu.runs_directly(input) or input.dim() != 2 or not input.is_cpu or torch.is_autocast_enabled("cpu"):
+    if not runs_directly(input) or input.dim() != 2 or not input.is_cpu or torch.is_autocast_enabled("cpu"):
         return False
     if input.dtype is not torch.float32 or weight.dtype is not torch.float32 or weight.dim() != 2:
         return False
     if bias is not None and bias.dtype is not torch.float32:
         return False
     out_features = weight.shape[0]
-    if not cpu.holds(weight, (out_features, input.shape[1])) or not cpu.holds(bias, (out_features,)):
+    if not holds(weight, (out_features, input.shape[1]), input.device) or not holds(
+        bias, (out_features,), input.device
+    ):
         return False  # torch has the message
     if choose("linear", input, None) != "cpu":
         return False
@@ -55,7 +58,7 @@ class _Linear(torch.autograd.Function):
         wants_input, wants_weight, wants_bias = ctx.needs_input_grad
         natively = (
             not torch.is_grad_enabled()
-            and cpu.runs_directly(grad_output)
+            and runs_directly(grad_output)
             and cpu.linear.is_faster(input.shape[0], weight, "backward")
         )
         if natively:

@@ -3,11 +3,11 @@ power of two), runs in its native kernels or in torch's, whichever was the faste
 
 The first time that a chain meets a shape, both ways do the layer's share of a step on random values, in turns; the
 faster one is taken from then on (the native one within :data:`MARGIN`). Forward with batch statistics, forward without
-them and backward are three choices. What was measured is remembered in a file for each processor, instruction set,
-torch, ganvas and native module, so that the next process, and one that resumes a run bit for bit, chooses alike: an
-entry that another process has written first counts. The file lies in ``$GANVAS_CACHE_DIR``, else in
-``$XDG_CACHE_HOME/ganvas``, else in ``~/.cache/ganvas``. One that cannot be read or written never stops a run: the
-choices then last as long as the process, and the log says so once.
+them, and the gradients of input and weight are choices of their own. What was measured is remembered in a file for each
+processor, instruction set, torch, ganvas and native module, so that the next process, and one that resumes a run bit
+for bit, chooses alike: an entry that another process has written first counts. The file lies in ``$GANVAS_CACHE_DIR``,
+else in ``$XDG_CACHE_HOME/ganvas``, else in ``~/.cache/ganvas``. One that cannot be read or written never stops a run:
+the choices then last as long as the process, and the log says so once.
 
 Similar shapes share a choice. A side above 64 counts as 64 (plus its remainder by 4), with as many more images as make
 up for it; the batch as the next lower power of two, within 2^28 multiplications a thread, or 1024 pixels where that is
@@ -66,7 +66,7 @@ _LOCK_SECONDS = 1.0
 class Case(NamedTuple):
     """What a choice holds for."""
 
-    direction: str  # forward, forward_with_statistics or backward
+    direction: str  # of a Trial (ganvas.ops.backends.trial); of a linear layer forward or backward
     convolution: str  # or linear, of 1×1 maps
     dtype: str
     threads: int

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from ganvas.ops import tuning
 from ganvas.ops.backends.cpu import stride2, winograd
-from ganvas.ops.backends.cpu.trial import Direction, candidates
+from ganvas.ops.backends.trial import Direction, trial
 from ganvas.ops.convolution import Geometry
 from ganvas.ops.pending import Pending
 
@@ -60,8 +62,10 @@ class NativeConvolution:
         return self.family.backward_weight(self.how, grad_output, weight, input)
 
 
-def native_convolution(geometry: Geometry, weight: Tensor, input_shape: torch.Size) -> NativeConvolution | None:
-    """The kernels of this convolution, or None where there are none."""
+def native_convolution(
+    geometry: Geometry, weight: Tensor, input_shape: torch.Size, dtype: torch.dtype
+) -> NativeConvolution | None:
+    """The kernels of this convolution, or None where there are none; ``dtype`` plays no part."""
     if winograd.takes(geometry, weight, input_shape):
         return NativeConvolution(winograd, geometry)
     kind = _stride2_kind(geometry, weight, input_shape)
@@ -82,7 +86,7 @@ def chosen_convolution(
     try:
         return tuning.decisions[key]
     except KeyError:
-        chosen = native_convolution(geometry, weight, input_shape)
+        chosen = native_convolution(geometry, weight, input_shape, dtype)
         if chosen is not None and tuning.applies(key[4]) and not _native_is_faster(chosen, *key):
             chosen = None
         return tuning.decided(key, chosen)
@@ -99,7 +103,13 @@ def _native_is_faster(
     batch, channels, height, width = shape
     name = str(dtype).removeprefix("torch.")
     case = tuning.Case(direction, native.name, name, threads, batch, channels, output[1], height, width)
-    return tuning.measured(case, lambda: candidates(native, geometry, weight, shape, dtype, direction)).native
+
+    def candidates() -> tuple[Callable[[], object], Callable[[], object]]:
+        kernels = import_module("ganvas.ops.backends.cpu")
+        of_shape = trial(kernels, geometry, weight, shape, dtype, torch.device("cpu"), direction)
+        return of_shape.native(native), of_shape.torchs()
+
+    return tuning.measured(case, candidates).native
 
 
 def _representative(geometry: Geometry, weight: torch.Size, input: torch.Size, threads: int) -> torch.Size:

@@ -11,13 +11,13 @@ from torch import Tensor
 try:
     from ganvas import _native as native
 except ImportError as error:  # a source tree that was not built
-    _missing = f"the native module is not there ({error}); install ganvas with pip to build it"
+    MISSING = f"the native module is not there ({error}); install ganvas with pip to build it"
 else:
-    _missing = ""
+    MISSING = ""
     if native.build_info()["cuda"]:
         from ganvas.ops.backends.cuda import gan_loss
     else:
-        _missing = "ganvas was built without CUDA kernels (no nvcc found, or GANVAS_CUDA=OFF)"
+        MISSING = "ganvas was built without CUDA kernels (no nvcc found, or GANVAS_CUDA=OFF)"
 
 _OPS = frozenset({"discriminator_loss", "generator_loss"})
 # Compiled and checked, but never timed on a GPU: the automatic choice must not be slower than plain torch.
@@ -29,8 +29,8 @@ _device_refusals: dict[int, str | None] = {}  # asked once: it loads the kernels
 
 def can_run(op: str, tensor: Tensor) -> str | None:
     """None if the CUDA kernel of ``op`` takes ``tensor``, otherwise the reason why not."""
-    if _missing:
-        return _missing
+    if MISSING:
+        return MISSING
     if not tensor.is_cuda:
         here = "" if torch.cuda.is_available() else ", and torch finds no GPU"
         return f"the CUDA kernels take tensors on an NVIDIA GPU; got one on {tensor.device}{here}"

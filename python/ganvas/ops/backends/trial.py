@@ -1,0 +1,105 @@
+"""What a choice by measurement compares: a convolution as a chain runs it, by native kernels and by torch.
+
+Each side does a layer's whole share of a step. Where the native kernels take statistics or a kink on their way, torch's
+side has the pass over memory that does it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ganvas.ops import checks
+from ganvas.ops.convolution import Geometry, convolve, convolve_backward
+from ganvas.ops.pending import Pending, fixed, with_statistics
+
+Direction = Literal["forward", "forward_with_statistics", "backward_input", "backward_weight"]
+"""``forward``: with no norm or fixed statistics."""
+
+Way = Callable[[], tuple[Tensor, ...]]
+"""One way to do it. The results of two begin with the same values."""
+
+_EPS, _SLOPE = 1e-5, 0.2
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Random values of one shape. The ways are to be prepared and called without gradients and without autocast."""
+
+    kernels: ModuleType  # as ganvas.ops.kernels.kernels_of has it
+    geometry: Geometry
+    weight: Tensor
+    before: Pending  # what the layer before would leave, with batch statistics
+    raw: Tensor  # of the output's shape
+    direction: Direction
+
+    def native(self, convolution: Any) -> Way:
+        """By ``convolution``'s methods."""
+        before, weight, raw = self.before, self.weight, self.raw
+        if self.direction == "forward":
+            return lambda: (convolution.forward(before, weight, None),)
+        if self.direction == "forward_with_statistics":
+            options = (None, None, None, None, None, 0.0, _EPS, _SLOPE, False, 1)
+            return lambda: convolution.forward_with_statistics(before, weight, *options)[:3]
+        if self.direction == "backward_input":
+            return lambda: self.kernels.settle(*convolution.backward_input(raw, weight, before), before)
+        return lambda: (convolution.backward_weight(raw, weight, before),)
+
+    def torchs(self) -> Way:
+        """By torch's convolution and the kernels that surround it in a chain."""
+        if self.direction == "backward_input":
+            return self._backward_input
+        if self.direction == "backward_weight":
+            return self._backward_weight
+        activation = self.kernels.activate(self.before)  # written by the layer before
+        forward = self._forward_with_statistics if self.direction == "forward_with_statistics" else self._forward
+        return lambda: forward(activation)
+
+    def _forward(self, activation: Tensor) -> tuple[Tensor, ...]:
+        output = checks.channels_last(convolve(activation, self.weight, None, self.geometry))
+        return output, self.kernels.activate(fixed(output, None, None, None, None, _EPS, _SLOPE, False, 1))
+
+    def _forward_with_statistics(self, activation: Tensor) -> tuple[Tensor, ...]:
+        output = checks.channels_last(convolve(activation, self.weight, None, self.geometry))
+        _, mean, var = self.kernels.batch_norm_leaky_relu.train(output, None, None, _EPS, _SLOPE, False, 1)
+        return with_statistics(output, None, None, mean, var, _EPS, _SLOPE, False, True)[:3]  # type: ignore[return-value]
+
+    def _backward_input(self) -> tuple[Tensor, ...]:
+        # Of the input torch reads no more than the shape.
+        grad, _ = convolve_backward(self.raw, self.before.stored, self.weight, self.geometry, (True, False))
+        assert grad is not None
+        return self.kernels.activate_backward(checks.channels_last(grad), self.before)
+
+    def _backward_weight(self) -> tuple[Tensor, ...]:
+        activation = self.kernels.activate(self.before)
+        _, of_weight = convolve_backward(self.raw, activation, self.weight, self.geometry, (False, True))
+        assert of_weight is not None
+        return (of_weight,)
+
+
+def trial(
+    kernels: ModuleType,
+    geometry: Geometry,
+    weight_shape: torch.Size,
+    input_shape: torch.Size,
+    dtype: torch.dtype,
+    device: torch.device,
+    direction: Direction,
+) -> Trial:
+    """A :class:`Trial`; torch's default random state stays as it is."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def uniform(*shape: int, **options: Any) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device, **options).uniform_(-1, 1, generator=generator)
+
+    pixels = {"memory_format": torch.channels_last}
+    weight = uniform(*weight_shape)
+    raw = uniform(*geometry.output_shape(input_shape, weight_shape), **pixels)
+    mean, var = (torch.full((1, input_shape[1]), value, device=device) for value in (0.0, 1 / 3))
+    before = with_statistics(uniform(*input_shape, **pixels), None, None, mean, var, _EPS, _SLOPE, False, True)
+    return Trial(kernels, geometry, weight, before, raw, direction)
