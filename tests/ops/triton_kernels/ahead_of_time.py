@@ -72,15 +72,13 @@ class _Driver:
         return {"max_shared_mem": SHARED_MEMORY[self.capability]}
 
     def _load(self, name: str, cubin: bytes, shared: int, device: int) -> tuple[Any, ...]:
-        listing = _listing(cubin)
-        registers, stack, local = (
+        listing, launch = _listing(cubin), self.metadata
+        registers, *memory = (
             max(map(int, re.findall(rf"\b{what}:(\d+)", listing))) for what in ("REG", "STACK", "LOCAL")
         )
+        tensor_cores = _TENSOR_CORES.search(listing) is not None
         self.kernels.append(
-            Kernel(
-                name, self.metadata.num_warps, self.metadata.num_stages, shared, registers, stack + local,
-                _TENSOR_CORES.search(listing) is not None,
-            )  # fmt: skip
+            Kernel(name, launch.num_warps, launch.num_stages, shared, registers, sum(memory), tensor_cores)
         )
         return object(), 1, registers, 0, 1024
 

@@ -8,7 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))  # for gathers.py
+sys.path.insert(0, str(Path(__file__).parent))  # for the files beside it that are no tests
+
+from interpreter_repairs import repair
+
+repair()
 
 
 @pytest.fixture
