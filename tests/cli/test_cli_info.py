@@ -50,20 +50,28 @@ def test_models_lists_every_network_with_its_description(ganvas):
 def test_tuning_lists_what_was_measured_and_where_it_is_kept(ganvas, monkeypatch, tmp_path):
     monkeypatch.setenv("GANVAS_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("GANVAS_AUTOTUNE", "1")
-    cases = [ops.tuning.Case(direction, "conv3x3_padding1", "float32", 2, 64, 32, 48, 17, 19) for direction in "ab"]
-    entries = [ops.tuning.Entry(cases[0], 1.25, 2.5), ops.tuning.Entry(cases[1], 3.0, 2.0)]
+    shape = ("conv3x3_padding1", "float32", "cpu", 2, 64, 32, 48, 17, 19)
+    cases = [ops.tuning.Case(direction, *shape) for direction in "abcd"]
+    entries = [
+        ops.tuning.Entry(cases[0], 1.25, 2.5),
+        ops.tuning.Entry(cases[1], 3.0, 2.0),
+        ops.tuning.Entry(cases[2], 1.0, 2.0, "64x32"),
+        ops.tuning.Entry(cases[3], None, 2.0),
+    ]
     monkeypatch.setattr(ops.tuning, "entries", lambda: entries)
     code, out, err = ganvas("info", "--tuning")
     assert (code, err) == (0, "")
     assert _row(out, "file") == str(ops.tuning.path())
     assert ops.tuning.path().parent == tmp_path
     assert _row(out, "measuring") == "on"
-    head = "direction convolution dtype threads batch in channels out channels height width native ms torch ms choice"
+    head = "direction convolution dtype device threads batch in channels out channels height width native ms torch ms choice"
     assert head.split() in [line.split() for line in out.splitlines()]
-    rows = [" ".join(_row(out, direction).split()) for direction in "ab"]
+    rows = [" ".join(_row(out, direction).split()) for direction in "abcd"]
     assert rows == [
-        "conv3x3_padding1 float32 2 64 32 48 17 19 1.250 2.500 native",
-        "conv3x3_padding1 float32 2 64 32 48 17 19 3.000 2.000 torch",
+        "conv3x3_padding1 float32 cpu 2 64 32 48 17 19 1.250 2.500 native",
+        "conv3x3_padding1 float32 cpu 2 64 32 48 17 19 3.000 2.000 torch",
+        "conv3x3_padding1 float32 cpu 2 64 32 48 17 19 1.000 2.000 native 64x32",
+        "conv3x3_padding1 float32 cpu 2 64 32 48 17 19 wrong 2.000 torch",
     ]
 
 

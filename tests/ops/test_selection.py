@@ -11,8 +11,8 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from ganvas import ops
-from ganvas.ops import selection
-from ganvas.ops.backends import cuda
+from ganvas.ops import selection, steps_on_gpu, tuning
+from ganvas.ops.backends import cuda, triton
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +41,7 @@ def test_environment_forces_a_backend(monkeypatch):
     with pytest.raises(ValueError, match=r"GANVAS_BACKEND='cpu' cannot run .*float64"):
         ops.discriminator_loss(torch.randn(4).double(), torch.randn(4).double())
     monkeypatch.setenv("GANVAS_BACKEND", "gpu")
-    with pytest.raises(ValueError, match="GANVAS_BACKEND must be one of cpu, cuda, reference; got 'gpu'"):
+    with pytest.raises(ValueError, match="GANVAS_BACKEND must be one of cpu, triton, cuda, reference; got 'gpu'"):
         ops.discriminator_loss(torch.randn(4), torch.randn(4))
 
 
@@ -84,21 +84,75 @@ def imagined_gpu(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_kernel_no_gpu_has_timed_runs_on_request_only(imagined_gpu, monkeypatch, dtype):
+def test_unmeasured_a_cuda_kernel_runs_wherever_it_can(imagined_gpu, dtype):
     logits = torch.empty(4, device=imagined_gpu, dtype=dtype)
+    assert selection.choose("discriminator_loss", logits, None) == "cuda"
+    assert "has none" in ops.explain("discriminator_loss", logits)["triton"]
+    maps = torch.empty(2, 3, 4, 4, device=imagined_gpu, dtype=dtype)
+    assert selection.choose("batch_norm_leaky_relu", maps, None) == "cuda"
+    sequences = torch.empty(2, 3, 4, device=imagined_gpu, dtype=dtype)
+    assert selection.choose("batch_norm_leaky_relu", sequences, None) == "reference"
+
+
+@pytest.fixture
+def measured(imagined_gpu, monkeypatch) -> SimpleNamespace:
+    """What measuring answers with."""
+    answer = SimpleNamespace(kernel=1.0, torch=2.0, measurements=0, error=None)
+
+    def remembered(case, measure):
+        answer.measurements += 1
+        if answer.error is not None:
+            raise answer.error
+        return tuning.Entry(case, answer.kernel, answer.torch)
+
+    monkeypatch.setenv("GANVAS_AUTOTUNE", "1")
+    monkeypatch.setattr(tuning, "remembered", remembered)
+    monkeypatch.setattr(tuning, "decisions", {})
+    monkeypatch.setattr(steps_on_gpu, "device_name", lambda index: "imagined")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("op", "shape"),
+    [("batch_norm_leaky_relu", (6, 3, 4, 4)), ("discriminator_loss", (9,)), ("generator_loss", (3, 3))],
+)
+def test_on_a_gpu_the_automatic_choice_is_measured_once(imagined_gpu, measured, op, shape):
+    tensor = torch.empty(shape, device=imagined_gpu)
+    assert ops.explain(op, tensor)["cuda"] is None
+    assert measured.measurements == 0  # explaining measures nothing
+    for _ in range(2):
+        assert selection.choose(op, tensor, None) == "cuda"
+    assert measured.measurements == 1
+    measured.kernel = 3.0
+    assert selection.choose(op, torch.empty((20, *shape[1:]), device=imagined_gpu), None) == "reference"
+    assert measured.measurements == 2
+    smaller = torch.empty((17, *shape[1:]), device=imagined_gpu)
+    assert ops.explain(op, smaller)["cuda"] == "torch is faster here: 2.000 ms against 3.000 ms"
+    assert selection.choose(op, smaller, "cuda") == "cuda"
+
+
+def test_on_a_gpu_a_wrong_kernel_and_one_that_does_not_fit_are_left_alone(imagined_gpu, measured):
+    logits = torch.empty(4, device=imagined_gpu)
+    measured.kernel = None
+    assert selection.choose("generator_loss", logits, None) == "reference"
+    assert ops.explain("generator_loss", logits)["cuda"] == "it gave a wrong result here"
+    measured.error = torch.OutOfMemoryError("full")
     assert selection.choose("discriminator_loss", logits, None) == "reference"
-    assert "on request only" in ops.explain("discriminator_loss", logits)["cuda"]
-    assert selection.choose("discriminator_loss", logits, "cuda") == "cuda"
-    monkeypatch.setenv("GANVAS_BACKEND", "cuda")
-    assert selection.choose("generator_loss", logits, None) == "cuda"
-    assert ops.explain("generator_loss", logits)["cuda"] is None
+
+
+def test_nothing_is_measured_while_a_graph_is_captured(imagined_gpu, measured, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert selection.choose("generator_loss", torch.empty(4, device=imagined_gpu), None) == "cuda"
+    assert measured.measurements == 0
 
 
 def test_cuda_kernels_give_their_reason_to_refuse(imagined_gpu, monkeypatch):
     logits = torch.empty(4, device=imagined_gpu)
     assert "got one on cpu" in cuda.can_run("generator_loss", torch.empty(4))
     assert "got torch.float64" in cuda.can_run("generator_loss", logits.double())
-    assert cuda.can_run("batch_norm_leaky_relu", logits) == "batch_norm_leaky_relu has no CUDA kernel yet"
+    assert cuda.can_run("linear", logits) == "linear has no CUDA kernel"
     monkeypatch.setattr(cuda, "MISSING", "this build of ganvas has no CUDA kernels")
     assert "no CUDA kernels" in cuda.can_run("generator_loss", logits)
 
@@ -119,6 +173,16 @@ def test_an_older_or_another_makers_gpu_is_refused(imagined_gpu, monkeypatch):
     cuda._device_refusals.clear()
     monkeypatch.setattr(torch.version, "cuda", None)
     assert "this torch is built for another maker's" in cuda.can_run("generator_loss", logits)
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_triton_has_the_convolutions_where_it_is_installed(imagined_gpu, monkeypatch, installed):
+    monkeypatch.setattr(triton, "is_installed", lambda: installed)
+    maps = torch.empty(2, 3, 4, 4, device=imagined_gpu)
+    assert selection.choose("conv_bn_leaky_relu", maps, None) == ("triton" if installed else "cuda")
+    assert triton.can_run("conv_bn_leaky_relu", maps) == (None if installed else "Triton is not installed")
+    monkeypatch.setattr(cuda, "MISSING", "this build of ganvas has no CUDA kernels")
+    assert selection.choose("conv_bn_leaky_relu", maps, None) == "reference"
 
 
 def test_a_forced_cuda_kernel_is_one_operator_to_torch_compile(imagined_gpu):

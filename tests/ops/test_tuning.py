@@ -78,7 +78,7 @@ def choice(
 
 
 def case(threads: int = 1, batch: int = 8) -> tuning.Case:
-    return tuning.Case("forward", "conv3x3_padding1", "float32", threads, batch, 16, 16, 16, 16)
+    return tuning.Case("forward", "conv3x3_padding1", "float32", "cpu", threads, batch, 16, 16, 16, 16)
 
 
 def nothing() -> tuple[Callable[[], object], Callable[[], object]]:
@@ -231,7 +231,7 @@ def test_a_forked_child_leaves_torchs_convolution_alone_where_it_would_wait_for_
     assert os.waitpid(child, 0)[1] == 0
 
 
-_GOOD = {**case()._asdict(), "native_ms": 1.0, "torch_ms": 2.0}
+_GOOD = {**case()._asdict(), "native_ms": 1.0, "torch_ms": 2.0, "configuration": ""}
 
 
 @pytest.mark.parametrize(
@@ -248,6 +248,7 @@ _GOOD = {**case()._asdict(), "native_ms": 1.0, "torch_ms": 2.0}
         json.dumps({"entries": [{**_GOOD, "native_ms": float("nan")}]}).encode(),
         json.dumps({"entries": [{**_GOOD, "torch_ms": None}]}).encode(),
         json.dumps({"entries": [{**_GOOD, "more": 1}]}).encode(),
+        json.dumps({"entries": [{**_GOOD, "configuration": 3}]}).encode(),
         json.dumps({"entries": [case()._asdict()]}).encode(),
     ],
 )

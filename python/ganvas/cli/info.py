@@ -54,10 +54,17 @@ def _say_tuning() -> None:
     say_table(
         [*names, "native ms", "torch ms", "choice"],
         [
-            [*map(str, e.case), f"{e.native_ms:.3f}", f"{e.torch_ms:.3f}", "native" if e.native else "torch"]
-            for e in entries
+            [*map(str, e.case), _milliseconds(e.native_ms), _milliseconds(e.torch_ms), _chosen(e)] for e in entries
         ],
     )
+
+
+def _milliseconds(value: float | None) -> str:
+    return "wrong" if value is None else f"{value:.3f}"
+
+
+def _chosen(entry: ops.tuning.Entry) -> str:
+    return f"native {entry.configuration}".strip() if entry.native else "torch"
 
 
 def _software() -> dict[str, str]:

@@ -43,7 +43,7 @@ def can_chain(
     if not (runs_directly(input) or runs_as_operator(input)):
         return False
     dtype = _computed_dtype(input)
-    if choose("conv_bn_leaky_relu", input, None) == "reference" or dtype not in kernels_of(input).DTYPES:
+    if choose("conv_bn_leaky_relu", input, layers[0].backend) == "reference" or dtype not in kernels_of(input).DTYPES:
         return False
     autocast = torch.is_autocast_enabled(input.device.type)
     convolutions = []
@@ -82,7 +82,7 @@ def _is_native(layer: Layer, input_shape: torch.Size, dtype: torch.dtype) -> boo
     directions = [forward_direction(layer)]
     if torch.is_grad_enabled():
         directions += ["backward_weight", "backward_input"]
-    return any(kernels.chosen_convolution(*arguments, direction) is not None for direction in directions)
+    return any(kernels.chosen_convolution(*arguments, way, layer.backend) is not None for way in directions)
 
 
 def conv_bn_leaky_relu_chain(

@@ -230,12 +230,12 @@ def _convolution_gradients(
     of_weight = grad = sums = None
     by_torch = [False, False]
     if wants_weight:
-        kernel = kernels.chosen_convolution(*shape, "backward_weight")
+        kernel = kernels.chosen_convolution(*shape, "backward_weight", layer.backend)
         by_torch[1] = kernel is None
         if kernel is not None:
             of_weight = kernel.backward_weight(raw, own.weight, before)
     if wants_input:
-        kernel = kernels.chosen_convolution(*shape, "backward_input")
+        kernel = kernels.chosen_convolution(*shape, "backward_input", layer.backend)
         by_torch[0] = kernel is None
         if kernel is not None:
             grad, sums = kernel.backward_input(raw, own.weight, before)

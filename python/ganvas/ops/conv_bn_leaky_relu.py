@@ -37,7 +37,7 @@ def conv_bn_leaky_relu(
     """lrelu(BN(conv2d(input))) (``conv_bn_act``) or BN(lrelu(conv2d(input))) (``conv_act_bn``).
 
     On the CPU, 3×3 convolutions of stride 1 and 2 and 4×4 ones of stride 2, with 16 channels or more, are native and
-    take the statistics while they write; others are torch's.
+    take the statistics while they write; others are torch's. On an NVIDIA GPU any convolution without groups can be.
 
     Args:
         input: (N, Cin, H, W). Converted to channels_last where a native kernel runs.
@@ -56,11 +56,17 @@ def conv_bn_leaky_relu(
     """
     _check_convolution(input, weight, bias, stride, padding, dilation, groups)
     complete = (running_mean is None) == (running_var is None) and (training or running_mean is not None)
-    if backend in (None, "cpu") and complete and eps >= 0 and order in ORDERS and not isinstance(padding, str):
+    if (
+        backend in (None, "cpu", "triton")
+        and complete
+        and eps >= 0
+        and order in ORDERS
+        and not isinstance(padding, str)
+    ):
         geometry = Geometry(_pair(stride), _pair(padding), _pair(dilation), groups=groups)
         layer = Layer(
             geometry, weight, bias, training, bn_weight, bn_bias, running_mean, running_var, momentum, eps,
-            negative_slope, order == "conv_act_bn",
+            negative_slope, order == "conv_act_bn", backend=backend,
         )  # fmt: skip
         if statistics_groups >= 1 and can_chain(input, [layer], statistics_groups):
             return conv_bn_leaky_relu_chain(input, [layer], statistics_groups)

@@ -39,6 +39,8 @@ class Layer:
     activation_first: bool = False
     max_pool: bool = False
     """The activation is pooled, 2×2 with stride 2."""
+    backend: str | None = None
+    """Of the convolution, where there is no choice to be made."""
 
     @property
     def tensors(self) -> Tensors:

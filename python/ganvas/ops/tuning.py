@@ -69,7 +69,8 @@ class Case(NamedTuple):
     direction: str  # of a Trial (ganvas.ops.backends.trial); of a linear layer forward or backward
     convolution: str  # or linear, of 1×1 maps
     dtype: str
-    threads: int
+    device: str  # cpu, or what the timings of a GPU hold for
+    threads: int  # 0 on a GPU
     batch: int
     in_channels: int
     out_channels: int
@@ -81,13 +82,14 @@ class Entry(NamedTuple):
     """What was measured, in milliseconds."""
 
     case: Case
-    native_ms: float
+    native_ms: float | None  # None: no native way gave the right result
     torch_ms: float
+    configuration: str = ""  # of the native kernels, the fastest one
 
     @property
     def native(self) -> bool:
         """Whether the native kernels run."""
-        return self.native_ms <= MARGIN * self.torch_ms
+        return self.native_ms is not None and self.native_ms <= MARGIN * self.torch_ms
 
 
 Candidates = Callable[[], tuple[Callable[[], object], Callable[[], object]]]
@@ -121,12 +123,22 @@ def measured(case: Case, candidates: Candidates) -> Entry:
 
     The state of torch's random numbers, gradient mode and autocast stay as they are.
     """
+
+    def measure() -> Entry:
+        native, torchs = _time_in_turns(*candidates())
+        return Entry(case, round(1000 * native, 6), round(1000 * torchs, 6))
+
+    return remembered(case, measure)
+
+
+def remembered(case: Case, measure: Callable[[], Entry]) -> Entry:
+    """The same, by a way of measuring that is called without gradients and without autocast."""
     with _lock:
         entry = _remembered.get(case) or _read_leniently().get(case)
         if entry is None:
-            with torch.no_grad(), torch.autocast("cpu", enabled=False):
-                seconds = _time_in_turns(*candidates())
-            entry = _write(Entry(case, *(round(1000 * s, 6) for s in seconds)))
+            device = "cpu" if case.device == "cpu" else "cuda"
+            with torch.no_grad(), torch.autocast(device, enabled=False):
+                entry = _write(measure())
         _remembered[case] = entry
         return entry
 
@@ -142,7 +154,8 @@ def decided(key: Any, decision: Any) -> Any:
 def entries() -> list[Entry]:
     """Everything remembered for this processor and these versions, in the file and in this process, in order."""
     with _lock:
-        return sorted({**_remembered, **_read_leniently()}.values())
+        known = {**_remembered, **_read_leniently()}
+        return [known[case] for case in sorted(known)]
 
 
 def clear() -> None:
@@ -252,14 +265,14 @@ def _read(file: Path) -> dict[Case, Entry]:
     return {entry.case: entry for entry in found}
 
 
-def _entry(native_ms: Any, torch_ms: Any, **fields: Any) -> Entry:
-    case, times = Case(**fields), (native_ms, torch_ms)
-    expected = (str,) * 3 + (int,) * 6
-    if not all(isinstance(value, kind) for value, kind in zip(case, expected)):
+def _entry(native_ms: Any, torch_ms: Any, configuration: Any, **fields: Any) -> Entry:
+    case, times = Case(**fields), (torch_ms,) if native_ms is None else (native_ms, torch_ms)
+    expected = (str,) * 4 + (int,) * 6
+    if not all(isinstance(value, kind) for value, kind in zip((*case, configuration), (*expected, str))):
         raise ValueError(f"{case} has a value of another type")
     if not all(isinstance(value, (int, float)) and 0 < value < math.inf for value in times):
-        raise ValueError(f"{times} are not two times")
-    return Entry(case, *times)
+        raise ValueError(f"{times} are not times")
+    return Entry(case, native_ms, torch_ms, configuration)
 
 
 def _write(entry: Entry) -> Entry:
@@ -283,8 +296,9 @@ def _write(entry: Entry) -> Entry:
 def _replace(file: Path, known: dict[Case, Entry]) -> None:
     """All in one step: a reader sees the old file or the new one."""
     rows = [
-        json.dumps({**e.case._asdict(), "native_ms": e.native_ms, "torch_ms": e.torch_ms})
-        for e in sorted(known.values())
+        json.dumps({**entry.case._asdict(), **{k: v for k, v in entry._asdict().items() if k != "case"}})
+        for entry in map(known.get, sorted(known))
+        if entry is not None
     ]
     head = json.dumps(_key())[:-1]
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")

@@ -75,12 +75,18 @@ def native_convolution(
 
 
 def chosen_convolution(
-    geometry: Geometry, weight: Tensor, input_shape: torch.Size, dtype: torch.dtype, direction: Direction
+    geometry: Geometry,
+    weight: Tensor,
+    input_shape: torch.Size,
+    dtype: torch.dtype,
+    direction: Direction,
+    backend: str | None = None,
 ) -> NativeConvolution | None:
     """The kernels of this convolution where they are the faster way here, None where torch's convolution is.
 
     Args:
         dtype: of the input; the weight's may be another one under autocast.
+        backend: plays no part: ``cpu`` is faster or not as well.
     """
     key = (geometry, weight.shape, input_shape, dtype, torch.get_num_threads(), direction)
     try:
@@ -102,7 +108,7 @@ def _native_is_faster(
     shape = _representative(geometry, weight, input, threads)
     batch, channels, height, width = shape
     name = str(dtype).removeprefix("torch.")
-    case = tuning.Case(direction, native.name, name, threads, batch, channels, output[1], height, width)
+    case = tuning.Case(direction, native.name, name, "cpu", threads, batch, channels, output[1], height, width)
 
     def candidates() -> tuple[Callable[[], object], Callable[[], object]]:
         kernels = import_module("ganvas.ops.backends.cpu")

@@ -19,9 +19,7 @@ else:
     else:
         MISSING = "ganvas was built without CUDA kernels (no nvcc found, or GANVAS_CUDA=OFF)"
 
-_OPS = frozenset({"discriminator_loss", "generator_loss"})
-# Compiled and checked, but never timed on a GPU: the automatic choice must not be slower than plain torch.
-_NOT_MEASURED = frozenset({"discriminator_loss", "generator_loss"})
+_OPS = frozenset({"batch_norm_leaky_relu", "conv_bn_leaky_relu", "discriminator_loss", "generator_loss"})
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _OLDEST = (8, 0)  # compute capability
 _device_refusals: dict[int, str | None] = {}  # asked once: it loads the kernels and does not change
@@ -35,17 +33,12 @@ def can_run(op: str, tensor: Tensor) -> str | None:
         here = "" if torch.cuda.is_available() else ", and torch finds no GPU"
         return f"the CUDA kernels take tensors on an NVIDIA GPU; got one on {tensor.device}{here}"
     if op not in _OPS:
-        return f"{op} has no CUDA kernel yet"
+        return f"{op} has no CUDA kernel"
     if tensor.dtype not in _DTYPES:
         return f"the CUDA kernels take float32, bfloat16 and float16; got {tensor.dtype}"
+    if op == "batch_norm_leaky_relu" and tensor.dim() == 3:
+        return "a (N, C, L) tensor has no channels-last layout in torch"
     return _device_refusal(tensor.device.index)
-
-
-def on_request_only(op: str) -> str | None:
-    """Why the automatic choice leaves ``op``'s kernel alone, which a caller can still ask for; None if it does not."""
-    if op in _NOT_MEASURED:
-        return "on request only (backend='cuda' or GANVAS_BACKEND=cuda) until its speed on a GPU is measured"
-    return None
 
 
 @torch.compiler.assume_constant_result
@@ -66,4 +59,4 @@ def _ask_device(index: int) -> str | None:
     return f"CUDA refuses the kernels: {refusal}" if refusal else None
 
 
-__all__ = ["can_run", "gan_loss", "on_request_only"]
+__all__ = ["MISSING", "can_run", "gan_loss"]

@@ -1,0 +1,105 @@
+"""Which way is the fastest on a GPU, among those that give the right result."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from importlib import metadata
+
+import torch
+from torch import Tensor
+
+from ganvas.ops import tuning
+from ganvas.ops.backends.trial import Way
+
+_log = logging.getLogger("ganvas")
+
+TOLERANCE = {torch.float32: 5e-3, torch.float16: 1e-2, torch.bfloat16: 4e-2}
+"""Distance to torch's result, through its norm, at which a way counts as wrong. TF32 stays within that of float32, a
+rounding of each value within those of the others; what a compiler got wrong is off by about 1."""
+
+_ROUNDS = 5
+_ROUND_SECONDS = 1e-3
+
+
+@lru_cache
+def device_name(index: int) -> str:
+    """What timings hold for: the GPU, its driver's CUDA, torch's CUDA and Triton."""
+    try:
+        triton = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        triton = "none"
+    cudnn = torch.backends.cudnn.version()
+    return f"{torch.cuda.get_device_name(index)}, CUDA {torch.version.cuda}, cuDNN {cudnn}, triton {triton}"
+
+
+def fastest(case: tuning.Case, natives: Mapping[str, Way], torchs: Way, device: torch.device) -> tuning.Entry:
+    """The entry of ``case``: the fastest right one of ``natives`` (configuration → way) beside torch's way.
+
+    A way that raises or is wrong is left out, and the log says so: a kernel that a compiler got wrong, or that the
+    device cannot hold, must not enter a network.
+
+    Raises:
+        torch.OutOfMemoryError: torch's way does not fit.
+    """
+    with torch.cuda.device(device):
+        expected = torchs()
+        right = {name: way for name, way in natives.items() if _is_right(case, name, way, expected)}
+        times = _time_in_turns({**right, "": torchs})
+    torch_ms = times.pop("")
+    if not times:
+        return tuning.Entry(case, None, torch_ms)
+    best = min(times, key=times.__getitem__)
+    return tuning.Entry(case, times[best], torch_ms, best)
+
+
+def _is_right(case: tuning.Case, name: str, way: Way, expected: tuple[Tensor, ...]) -> bool:
+    try:
+        results = way()
+        distance = max(_distance(ours, theirs) for ours, theirs in zip(results, expected))
+        bound = TOLERANCE[expected[0].dtype if expected[0].dtype in TOLERANCE else torch.float32]
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        _log.warning("%s of %s does not fit into memory and is left out", name, case)
+        return False
+    except Exception as error:  # whatever a compiler or a driver raises: torch's way remains
+        _log.warning("%s of %s is left out: %s: %s", name, case, type(error).__name__, error)
+        return False
+    if not distance <= bound:
+        _log.warning(
+            "%s of %s is wrong by %.2g, through the norm of torch's result, and is left out", name, case, distance
+        )
+        return False
+    return True
+
+
+def _distance(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours.float() - theirs.float()).norm() / theirs.float().norm().clamp_min(1e-30))
+
+
+def _time_in_turns(ways: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+    """Milliseconds of a call: medians over rounds, in which each way is called several times in a row.
+
+    What the processor takes to launch is part of it, as it is in a step that no graph holds.
+    """
+    calls = {
+        name: max(1, min(200, round(1000 * _ROUND_SECONDS / max(_milliseconds(way, 1), 1e-4))))
+        for name, way in ways.items()
+    }
+    rounds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(_ROUNDS):
+        for name, way in ways.items():
+            rounds[name].append(_milliseconds(way, calls[name]))
+    return {name: round(statistics.median(of_way), 6) for name, of_way in rounds.items()}
+
+
+def _milliseconds(way: Callable[[], object], calls: int) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(calls):
+        way()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / calls
