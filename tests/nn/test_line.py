@@ -126,8 +126,12 @@ MODELS: dict[str, tuple[Callable[[], FusedSequential], list[int]]] = {
     ),
     "padding by words": (
         lambda: FusedSequential(
-            nn.Conv2d(16, 16, 3, padding="same"), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.BatchNorm2d(16), nn.ReLU()
+            nn.Conv2d(16, 16, 3, padding="same"), nn.ReLU(), nn.Conv2d(16, 16, 3, padding="valid"), nn.ReLU()
         ),
+        [2],
+    ),
+    "padding by words, more of it on one side": (
+        lambda: FusedSequential(nn.Conv2d(16, 16, 4, padding="same"), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU()),
         [1],
     ),
     "other padding modes": (

@@ -73,6 +73,21 @@ def test_native_path_equals_plain_torch_and_answers_in_channels_last(memory_form
     assert out.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("padding", ["same", "valid"])
+@pytest.mark.parametrize(("size", "stride"), [((3, 3), 1), ((5, 3), 1), ((4, 3), 1), ((3, 3), 2)])
+def test_padding_by_words_is_torchs(padding, size, stride):
+    input, weight = torch.randn(2, 16, 9, 8), torch.randn(16, 16, *size)
+    arguments = (None, None, None, None, None)
+    if padding == "same" and stride > 1:
+        with pytest.raises(RuntimeError, match="strided"):
+            conv_bn_leaky_relu(input, weight, *arguments, padding=padding, stride=stride, training=True)
+        return
+    ours = conv_bn_leaky_relu(input, weight, *arguments, padding=padding, stride=stride, training=True)
+    convolved = F.conv2d(input, weight, None, stride, padding)
+    expected = F.leaky_relu(F.batch_norm(convolved, None, None, training=True), 0.01)
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_two_tensors_a_layer_are_kept_for_backward():
     """Torch keeps three: the convolution's input, its output and the normalised tensor."""
     x = torch.randn(16, 32, 16, 16).contiguous(memory_format=torch.channels_last).requires_grad_()

@@ -10,7 +10,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from ganvas.nn.run import Run, count_batches, negative_slope_of, norm_arguments, uses_batch_statistics, why_not_plain
 from ganvas.ops.chain import Layer, can_chain, conv_bn_leaky_relu_chain
-from ganvas.ops.convolution import Geometry
+from ganvas.ops.convolution import Geometry, symmetric_padding
 
 
 def execute(
@@ -54,7 +54,7 @@ def _stretches(
 
 def _can_be_layer(run: Run, statistics_groups: int) -> bool:
     producer, norm = _convolution_of(run), run.norm
-    if producer is None or isinstance(producer.padding, str):
+    if producer is None or _padding(producer) is None:
         return False
     if producer.padding_mode != "zeros" or any(why_not_plain(module) is not None for module in run.modules):
         return False
@@ -86,11 +86,17 @@ def _convolution_of(run: Run) -> nn.Conv2d | nn.ConvTranspose2d | None:
     return cast("nn.Conv2d | nn.ConvTranspose2d", run.producer) if known else None
 
 
+def _padding(producer: nn.Conv2d | nn.ConvTranspose2d) -> tuple[int, int] | None:
+    return symmetric_padding(producer.padding, producer.kernel_size, producer.stride, producer.dilation)  # type: ignore[arg-type]
+
+
 def _layer(run: Run) -> Layer:
     producer, norm = _convolution_of(run), run.norm
     assert producer is not None
+    padding = _padding(producer)
+    assert padding is not None
     geometry = Geometry(  # torch makes pairs of them
-        producer.stride, producer.padding, producer.dilation,  # type: ignore[arg-type]
+        producer.stride, padding, producer.dilation,  # type: ignore[arg-type]
         producer.transposed, producer.output_padding, producer.groups, run.upsample is not None,  # type: ignore[arg-type]
     )  # fmt: skip
     slope, max_pool = negative_slope_of(run.activation), run.pool is not None

@@ -9,7 +9,7 @@ from torch import Tensor
 from ganvas.ops import checks
 from ganvas.ops.batch_norm_leaky_relu import ORDERS, batch_norm_leaky_relu
 from ganvas.ops.chain import Layer, can_chain, conv_bn_leaky_relu_chain
-from ganvas.ops.convolution import Geometry
+from ganvas.ops.convolution import Geometry, symmetric_padding
 from ganvas.ops.selection import choose
 
 
@@ -56,14 +56,11 @@ def conv_bn_leaky_relu(
     """
     _check_convolution(input, weight, bias, stride, padding, dilation, groups)
     complete = (running_mean is None) == (running_var is None) and (training or running_mean is not None)
-    if (
-        backend in (None, "cpu", "triton")
-        and complete
-        and eps >= 0
-        and order in ORDERS
-        and not isinstance(padding, str)
-    ):
-        geometry = Geometry(_pair(stride), _pair(padding), _pair(dilation), groups=groups)
+    strides, dilations = _pair(stride), _pair(dilation)
+    given = padding if isinstance(padding, str) else _pair(padding)
+    zeros = symmetric_padding(given, weight.shape[2:], strides, dilations)
+    if backend in (None, "cpu", "triton") and zeros is not None and complete and eps >= 0 and order in ORDERS:
+        geometry = Geometry(strides, zeros, dilations, groups=groups)
         layer = Layer(
             geometry, weight, bias, training, bn_weight, bn_bias, running_mean, running_var, momentum, eps,
             negative_slope, order == "conv_act_bn", backend=backend,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -34,6 +35,23 @@ class Geometry(NamedTuple):
     def in_channels(self, weight: torch.Size) -> int:
         """That a weight of this shape takes."""
         return weight[0] if self.transposed else weight[1] * self.groups
+
+
+def symmetric_padding(
+    padding: str | tuple[int, int], kernel: Sequence[int], stride: tuple[int, int], dilation: tuple[int, int]
+) -> tuple[int, int] | None:
+    """Zeros on either side, also those that ``valid`` and ``same`` stand for; None where the sides differ.
+
+    ``same`` has none with a stride, of which torch says that it does not take it.
+    """
+    if not isinstance(padding, str):
+        return padding
+    if padding == "valid":
+        return (0, 0)
+    if stride != (1, 1):
+        return None
+    height, width = (d * (k - 1) for d, k in zip(dilation, kernel))
+    return None if height % 2 or width % 2 else (height // 2, width // 2)
 
 
 def breaks_in_channels_last(weight: torch.Size, stride: tuple[int, ...]) -> bool:
