@@ -47,6 +47,12 @@ def test_options_of_every_type_reach_the_config(ganvas, train, tmp_path):
     )
 
 
+@pytest.mark.parametrize(("words", "bf16"), [([], None), (["--bf16"], True), (["--no-bf16"], False)])
+def test_bf16_is_on_off_or_left_to_the_device(ganvas, train, tmp_path, words, bf16):
+    assert ganvas("train", "gan", "--data", "digits", "--out", tmp_path / "run", *words).code == 0
+    assert train.config.bf16 is bf16
+
+
 def test_the_end_says_the_numbers_and_where_everything_is(ganvas, train, tmp_path):
     out = tmp_path / "run"
     code, text, _ = ganvas("train", "classifier", "--data", "digits", "--out", out)
@@ -92,7 +98,8 @@ class TestResume:
         epochs=st.none() | st.integers(1, 1000),
         gradient_clip=st.none() | st.floats(1e-6, 1e6),
         generator_learning_rate=st.floats(1e-9, 1.0),
-        bf16=st.booleans(),
+        bf16=st.none() | st.booleans(),
+        cuda_graph=st.booleans(),
         conditional=st.booleans(),
         loss=st.sampled_from(["bce", "wgan"]),
     )

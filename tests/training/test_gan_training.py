@@ -15,7 +15,7 @@ from training_helpers import results
 
 from ganvas import models
 from ganvas.data import BatchLoader
-from ganvas.training.gan_steps import averaged_generator, discriminate_pair, frozen
+from ganvas.training.gan_steps import AveragedGenerator, discriminate_pair, frozen
 from ganvas.training.metrics_log import read_metrics
 from ganvas.training.run_folder import RunFolder
 
@@ -131,7 +131,7 @@ def test_generator_step_computes_no_gradient_for_the_discriminator():
 
 def test_average_includes_the_batch_norm_statistics():
     generator, _ = networks()
-    averaged = averaged_generator(generator, decay=0.5)
+    averaged = AveragedGenerator(generator, decay=0.5)
     averaged.update_parameters(generator)
     norm = next(module for module in generator.modules() if isinstance(module, nn.BatchNorm2d))
     before = norm.running_mean.clone()
@@ -144,7 +144,7 @@ def test_average_includes_the_batch_norm_statistics():
 
 def test_average_of_a_short_run_forgets_the_initial_weights():
     generator = nn.Linear(1, 1, bias=False)
-    averaged = averaged_generator(generator, decay=0.999)
+    averaged = AveragedGenerator(generator, decay=0.999)
     with torch.no_grad():
         for step in range(100):
             generator.weight.fill_(0.0 if step == 0 else 1.0)

@@ -73,7 +73,7 @@ def _options(arguments: type) -> list[str]:
             options += _options(types[field.name])
             continue
         name = field.name.replace("_", "-")
-        options += [f"--{name}", f"--no-{name}"] if types[field.name] is bool else [f"--{name}"]
+        options += [f"--{name}", f"--no-{name}"] if types[field.name] in (bool, bool | None) else [f"--{name}"]
     return options
 
 

@@ -120,7 +120,7 @@ class BatchLoader:
         if augment is not None:
             # Drawn for the whole epoch on the CPU and moved once: the same on every device, and no transfer per batch.
             draws = torch.rand(count, augment.num_random, generator=generator_for(self.seed, epoch, AUGMENTATION))
-            draws = draws.to(self.device)
+            draws = self._on_device(draws)
         for number, (images, labels) in enumerate(self._read(order, epoch, start), start):
             if augment is not None:
                 position = number * self.batch_size
@@ -129,11 +129,17 @@ class BatchLoader:
             yield in_unit_range.contiguous(memory_format=torch.channels_last), labels
 
     def _read_memory(self, order: Tensor, epoch: int, start: int) -> Iterator[Batch]:
-        order = order.to(self.device)
+        order = self._on_device(order)
         for number in range(start, len(self)):
             indices = order[number * self.batch_size : (number + 1) * self.batch_size]
             images = self._pixels.index_select(0, indices).permute(0, 3, 1, 2)
             yield images, self._labels.index_select(0, indices)
+
+    def _on_device(self, tensor: Tensor) -> Tensor:
+        """A copy that the host does not wait for: it may be steps ahead of the device."""
+        if self.device.type == "cuda":
+            return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor.to(self.device)
 
     def _read_items(self, order: Tensor, epoch: int, start: int) -> Iterator[Batch]:
         batches = [

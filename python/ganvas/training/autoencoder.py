@@ -18,6 +18,7 @@ from ganvas.training.preparation import build_model, given_model, prepare
 from ganvas.training.progress import ProgressDisplay, make_progress
 from ganvas.training.random_state import RandomState, reproducible
 from ganvas.training.run import TrainingRun
+from ganvas.training.step_graph import StepGraph, cuda_recorder
 
 
 def train_autoencoder(
@@ -47,7 +48,32 @@ def train_autoencoder(
         network: nn.Module = built.network.to(device, memory_format=torch.channels_last)
         loader = job.training_loader()
         test = job.evaluation_loader(job.test)
-        optimizer = make_optimizer(config.optimizer, network, config.learning_rate, weight_decay=config.weight_decay)
+        optimizer = make_optimizer(
+            config.optimizer,
+            network,
+            config.learning_rate,
+            weight_decay=config.weight_decay,
+            capturable=device.type == "cuda",
+        )
+
+        def step(images: Tensor) -> dict[str, Tensor]:
+            with job.autocast():
+                reconstructed = network(images)
+            loss = F.mse_loss(reconstructed.float(), images)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            if config.gradient_clip is not None:
+                nn.utils.clip_grad_norm_(network.parameters(), config.gradient_clip)
+            optimizer.step()
+            return {"train/loss": loss}
+
+        take_step = StepGraph(
+            step,
+            cuda_recorder(device) if config.cuda_graph else None,
+            modules=(network,),
+            optimizers=(optimizer,),
+            say=progress.message,
+        )
         assert config.epochs is not None  # prepare() filled it in
         with job.run_folder(built, progress):
             run = TrainingRun(
@@ -58,6 +84,7 @@ def train_autoencoder(
                 modules={"model": network},
                 optimizers={"learning_rate": optimizer},
                 parts={"random": RandomState(device)},
+                on_load=take_step.forget,
                 resume=resume,
                 progress=progress,
             )
@@ -66,15 +93,7 @@ def train_autoencoder(
                     with run.recovering():
                         network.train()
                         for images, _ in run.batches():
-                            with job.autocast():
-                                reconstructed = network(images)
-                            loss = F.mse_loss(reconstructed.float(), images)
-                            optimizer.zero_grad(set_to_none=True)
-                            loss.backward()
-                            if config.gradient_clip is not None:
-                                nn.utils.clip_grad_norm_(network.parameters(), config.gradient_clip)
-                            optimizer.step()
-                            run.record({"train/loss": loss})
+                            run.record(take_step(images))
                         error = reconstruction_error(network, test)
                         job.folder.save_weights("model_last", network, step=run.step, loss=error)
                         if run.improved("test/loss", error, larger_is_better=False):

@@ -19,6 +19,7 @@ from ganvas.training.preparation import BuiltModel, Job, build_model, given_mode
 from ganvas.training.progress import ProgressDisplay, make_progress
 from ganvas.training.random_state import RandomState, reproducible
 from ganvas.training.run import TrainingRun
+from ganvas.training.step_graph import StepGraph, cuda_recorder
 from ganvas.training.views import measured_network
 
 
@@ -69,6 +70,20 @@ def train_classifier(
         schedule = OneCycleLR(
             optimizer, [config.learning_rate] * len(optimizer.param_groups), total_steps=config.epochs * len(loader)
         )
+
+        def step(images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            with job.autocast():
+                logits = network(images)
+            loss = F.cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            if config.gradient_clip is not None:
+                nn.utils.clip_grad_norm_(network.parameters(), config.gradient_clip)
+            return {"train/loss": loss, "train/accuracy": _accuracy(logits, labels)}
+
+        compute_gradients = StepGraph(
+            step, cuda_recorder(device) if config.cuda_graph else None, modules=(network,), say=progress.message
+        )
         with job.run_folder(built, progress):
             run = TrainingRun(
                 config,
@@ -87,16 +102,11 @@ def train_classifier(
                     with run.recovering():
                         network.train()
                         for images, labels in run.batches():
-                            with job.autocast():
-                                logits = network(images)
-                            loss = F.cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing)
-                            optimizer.zero_grad(set_to_none=True)
-                            loss.backward()
-                            if config.gradient_clip is not None:
-                                nn.utils.clip_grad_norm_(network.parameters(), config.gradient_clip)
+                            run.record(compute_gradients(images, labels))
+                            # Outside of the graph: the schedule moves the momentum too, which torch's fused optimisers
+                            # take as a number.
                             optimizer.step()
                             schedule.step()
-                            run.record({"train/loss": loss, "train/accuracy": _accuracy(logits, labels)})
                         if not _is_measured(run.epoch, config):
                             run.end_epoch({})
                             continue

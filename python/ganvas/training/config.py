@@ -1,7 +1,8 @@
 """One frozen dataclass per job: the command line, ``config.json`` and the Python API are this same object.
 
-``None`` in ``epochs``, ``size``, ``width``, ``shift`` or ``evaluate_every`` means "what suits the data set":
-:mod:`ganvas.training.presets` fills it in when a run starts, and ``config.json`` holds the value that was used.
+``None`` in ``epochs``, ``size``, ``width``, ``shift`` or ``evaluate_every`` means "what suits the data set", and in
+``bf16`` "what suits the device": they are filled in when a run starts (:mod:`ganvas.training.presets`,
+:mod:`ganvas.training.preparation`), and ``config.json`` holds the values that were used.
 """
 
 from __future__ import annotations
@@ -40,8 +41,12 @@ class RunConfig:
     keep_memory: bool = True
     """Keep memory that a step frees for the next one, rather than have the system clear it anew each time (Linux with
     glibc; --no-keep-memory where other programs need it)."""
-    bf16: bool = False
-    """bfloat16 autocast (parameters and statistics stay float32)."""
+    bf16: bool | None = None
+    """bfloat16 autocast (parameters, optimiser state and statistics stay float32); if not given, on for GPUs that have
+    bfloat16 and off on the CPU, and as it was when a run is resumed."""
+    cuda_graph: bool = True
+    """On a GPU, record a training step as a CUDA graph and replay it: the same numbers without the time that starting
+    each kernel takes. A step that can't be recorded runs as it is, and the reason is said."""
     gradient_clip: float | None = None
     """Bound on the norm of all gradients together."""
     checkpoint_seconds: float = 60.0
@@ -58,7 +63,7 @@ class RunConfig:
     job: ClassVar[str]
     """The word after `ganvas train`."""
     free_on_resume: ClassVar[frozenset[str]] = frozenset(
-        {"out", "root", "device", "threads", "keep_memory", "checkpoint_seconds", "max_recoveries"}
+        {"out", "root", "device", "threads", "keep_memory", "cuda_graph", "checkpoint_seconds", "max_recoveries"}
     )
     """Fields that do not change the steps taken so far; every other must stay as it was when a run is resumed."""
 

@@ -15,7 +15,7 @@ from ganvas.losses import DiscriminatorLoss, GeneratorLoss, r1_penalty
 from ganvas.training import extractor
 from ganvas.training.config import GANConfig
 from ganvas.training.faults import Detector, DiversityCollapse, StuckDiscriminator
-from ganvas.training.gan_steps import averaged_generator, discriminate_pair, frozen
+from ganvas.training.gan_steps import AveragedGenerator, discriminate_pair, frozen
 from ganvas.training.grids import grid_labels, save_grid
 from ganvas.training.memory import kept_memory
 from ganvas.training.optimizers import make_optimizer
@@ -24,6 +24,7 @@ from ganvas.training.progress import ProgressDisplay, make_progress
 from ganvas.training.quality import GeneratorQuality, classification_score, reference_set
 from ganvas.training.random_state import RandomState, reproducible
 from ganvas.training.run import TrainingRun
+from ganvas.training.step_graph import StepGraph, cuda_recorder
 
 # A critic's score has no threshold at which it would be right or wrong, and a relativistic logit only a relative one.
 _KINDS_WITHOUT_ACCURACY = ("wgan", "relativistic")
@@ -72,13 +73,57 @@ def _train(
     progress: ProgressDisplay,
 ) -> None:
     config, device = job.config, job.device
-    averaged = averaged_generator(generator, config.ema_decay)
-    generator_optimizer = _optimizer(config, generator, config.generator_learning_rate)
-    discriminator_optimizer = _optimizer(config, discriminator, config.discriminator_learning_rate)
+    averaged = AveragedGenerator(generator, config.ema_decay)
+    generator_optimizer = _optimizer(job, generator, config.generator_learning_rate)
+    discriminator_optimizer = _optimizer(job, discriminator, config.discriminator_learning_rate)
     noise = torch.Generator(device).manual_seed(config.seed)
     loader = job.training_loader(Augmentation(flip=config.flip))
     latent_size: int = generator.latent_size  # type: ignore[assignment]
     evaluation = _Evaluation(job, progress)
+
+    def step(real: Tensor, labels: Tensor | None, *, penalises: bool, updates_generator: bool) -> dict[str, Tensor]:
+        latent = torch.randn(len(real), latent_size, generator=noise, device=device)
+        real = real.detach().requires_grad_(penalises)
+
+        # Generated once for both updates: the generator does not change in between.
+        with torch.set_grad_enabled(updates_generator), job.autocast():
+            fake = generator(latent) if labels is None else generator(latent, labels)
+
+        with job.autocast():
+            real_logits, fake_logits = discriminate_pair(discriminator, real, fake.detach(), labels)
+        loss, metrics = discriminator_loss.with_metrics(real_logits.float(), fake_logits.float())
+        values = {"train/discriminator_loss": loss, **_named(metrics)}
+        if penalises:
+            # Seldom, so with all the more weight (Karras et al. 2020, appendix B).
+            loss = loss + r1_penalty(real_logits, real, config.r1_gamma * config.r1_every)
+        discriminator_optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        _clip(discriminator, config.gradient_clip)
+        discriminator_optimizer.step()
+
+        if updates_generator:
+            with frozen(discriminator):
+                with job.autocast():
+                    if config.loss == "relativistic":
+                        real_logits, fake_logits = discriminate_pair(discriminator, real.detach(), fake, labels)
+                    else:
+                        fake_logits = discriminator(fake) if labels is None else discriminator(fake, labels)
+                loss = generator_loss(fake_logits.float(), real_logits.float())
+                generator_optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+            _clip(generator, config.gradient_clip)
+            generator_optimizer.step()
+            averaged.update_parameters(generator)
+            values["train/generator_loss"] = loss
+        return values
+
+    take_step = StepGraph(
+        step,
+        cuda_recorder(device, noise) if config.cuda_graph else None,
+        modules=(generator, discriminator, averaged),
+        optimizers=(generator_optimizer, discriminator_optimizer),
+        say=progress.message,
+    )
     assert config.epochs is not None  # prepare() filled it in
     run = TrainingRun(
         config,
@@ -92,6 +137,7 @@ def _train(
         },
         parts={"random": RandomState(device, noise=noise)},
         detectors=_detectors(config),
+        on_load=take_step.forget,
         resume=job.resume,
         progress=progress,
     )
@@ -103,44 +149,13 @@ def _train(
                 generator.train()
                 discriminator.train()
                 for real, labels in run.batches():
-                    labels = labels if generator.num_classes is not None else None
-                    latent = torch.randn(len(real), latent_size, generator=noise, device=device)
-                    updates_generator = (run.step + 1) % config.discriminator_steps == 0
-                    penalises = config.r1_gamma > 0 and run.step % config.r1_every == 0
-                    real.requires_grad_(penalises)
-
-                    # Generated once for both updates: the generator does not change in between.
-                    with torch.set_grad_enabled(updates_generator), job.autocast():
-                        fake = generator(latent) if labels is None else generator(latent, labels)
-
-                    with job.autocast():
-                        real_logits, fake_logits = discriminate_pair(discriminator, real, fake.detach(), labels)
-                    loss, metrics = discriminator_loss.with_metrics(real_logits.float(), fake_logits.float())
-                    run.record({"train/discriminator_loss": loss, **_named(metrics)})
-                    if penalises:
-                        # Seldom, so with all the more weight (Karras et al. 2020, appendix B).
-                        loss = loss + r1_penalty(real_logits, real, config.r1_gamma * config.r1_every)
-                    discriminator_optimizer.zero_grad(set_to_none=True)
-                    loss.backward()
-                    _clip(discriminator, config.gradient_clip)
-                    discriminator_optimizer.step()
-
-                    if updates_generator:
-                        with frozen(discriminator):
-                            with job.autocast():
-                                if config.loss == "relativistic":
-                                    real_logits, fake_logits = discriminate_pair(
-                                        discriminator, real.detach(), fake, labels
-                                    )
-                                else:
-                                    fake_logits = discriminator(fake) if labels is None else discriminator(fake, labels)
-                            loss = generator_loss(fake_logits.float(), real_logits.float())
-                            generator_optimizer.zero_grad(set_to_none=True)
-                            loss.backward()
-                        _clip(generator, config.gradient_clip)
-                        generator_optimizer.step()
-                        averaged.update_parameters(generator)
-                        run.record({"train/generator_loss": loss})
+                    values = take_step(
+                        real,
+                        labels if generator.num_classes is not None else None,
+                        penalises=config.r1_gamma > 0 and run.step % config.r1_every == 0,
+                        updates_generator=(run.step + 1) % config.discriminator_steps == 0,
+                    )
+                    run.record(values)
                 run.end_epoch(evaluation.of_epoch(run, averaged.module, generator, discriminator))
         run.finish(evaluation.of_best(run, averaged.module))
 
@@ -159,8 +174,9 @@ def _build(job: Job[GANConfig]) -> BuiltModel:
     return build_model(config.model, "gan", options)
 
 
-def _optimizer(config: GANConfig, network: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
-    return make_optimizer(config.optimizer, network, learning_rate, beta1=config.beta1)
+def _optimizer(job: Job[GANConfig], network: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
+    config, capturable = job.config, job.device.type == "cuda"
+    return make_optimizer(config.optimizer, network, learning_rate, beta1=config.beta1, capturable=capturable)
 
 
 def _detectors(config: GANConfig) -> list[Detector]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+import itertools
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ganvas.nn import statistics_groups, supports_statistics_groups
 
@@ -39,20 +40,46 @@ def frozen(module: nn.Module) -> Iterator[None]:
         module.requires_grad_(True)
 
 
-def averaged_generator(generator: nn.Module, decay: float) -> AveragedModel:
-    """Exponential moving average of parameters and BatchNorm statistics, by torch's own means.
+class AveragedGenerator(nn.Module):
+    """Exponential moving average of a generator's parameters and BatchNorm statistics.
 
     The decay grows with the number n of updates as min(decay, (1 + n) / (10 + n)): otherwise the random initial weights
-    would be part of the average for the first 1 / (1 − decay) steps, which is all of a short run.
+    would be part of the average for the first 1 / (1 − decay) steps, which is all of a short run. The first update
+    (n = 0) copies.
+
+    The number is counted on the generator's device, where the decay is worked out from it: nothing is read back, and
+    a CUDA graph that holds an update holds every later one.
+
+    Args:
+        generator: copied, with its device and memory format.
+        decay: in [0, 1).
     """
 
-    def average(ours: Sequence[Tensor], theirs: Sequence[Tensor], updates: Tensor | int) -> None:
-        # The model's own counter is on the CPU; ``updates`` is a copy on the device, which reading it would wait for.
-        n = int(averaged.n_averaged)
-        get_ema_multi_avg_fn(min(decay, (1 + n) / (10 + n)))(ours, theirs, updates)  # type: ignore[arg-type]
+    n_averaged: Tensor
 
-    averaged = AveragedModel(generator, multi_avg_fn=average, use_buffers=True)
-    return averaged
+    def __init__(self, generator: nn.Module, decay: float) -> None:
+        super().__init__()
+        self.module = copy.deepcopy(generator)
+        self._decay = decay
+        device = next(generator.parameters()).device
+        self.register_buffer("n_averaged", torch.zeros((), dtype=torch.int64, device=device))
+
+    @torch.no_grad()
+    def update_parameters(self, generator: nn.Module) -> None:
+        """Move the average towards ``generator``, the network it was made of."""
+        n = self.n_averaged.double()
+        decay = ((1 + n) / (10 + n)).clamp_(max=self._decay).mul_(n > 0)
+        weight, decay = (1 - decay).float(), decay.float()
+        for mean, value in zip(_tensors(self.module), _tensors(generator)):
+            if mean.is_floating_point():
+                mean.lerp_(value, weight.to(mean.dtype))
+            else:
+                mean.copy_(mean * decay + value * weight)
+        self.n_averaged.add_(1)
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    return itertools.chain(module.parameters(), module.buffers())
 
 
 def _call(discriminator: nn.Module, images: Tensor, labels: Tensor | None) -> Tensor:

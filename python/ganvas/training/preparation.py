@@ -66,7 +66,9 @@ class Job(Generic[Config]):
         return BatchLoader(dataset, EVALUATION_BATCH, shuffle=False, device=self.device, float_range=self.float_range)
 
     def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16)
+        # A CUDA graph must not find the cast weights of another step; without one the numbers are to be the same.
+        cache = self.device.type != "cuda"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=bool(self.config.bf16), cache_enabled=cache)
 
     @contextmanager
     def run_folder(self, model: BuiltModel, progress: ProgressDisplay) -> Iterator[None]:
@@ -149,7 +151,22 @@ def prepare(
     _check_match(train, test)
     # The data's own size becomes the config's, so that config.json says what was used.
     config = dataclasses.replace(config, size=train.size)
+    if config.bf16 is None:
+        config = dataclasses.replace(config, bf16=_stored_bf16(folder) if resume else has_bfloat16(device))
     return Job(config, folder, train, test, device, float_range, resume)
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether ``device`` is a GPU that multiplies in bfloat16, which is then as good a default as it is fast."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def _stored_bf16(folder: RunFolder) -> bool:
+    """Of the run in the folder, which may have been begun on another device."""
+    return bool(folder.read_description()["config"].get("bf16"))
 
 
 def check_kernels(device: torch.device) -> None:

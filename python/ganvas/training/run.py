@@ -18,7 +18,7 @@ checkpoint with lower learning rates.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from typing import Any, Protocol
 
@@ -33,7 +33,7 @@ from ganvas.training.config import RunConfig
 from ganvas.training.faults import Detector, TrainingFailed, TrainingFault, check_finite
 from ganvas.training.interrupt import Interrupted, StopRequest
 from ganvas.training.metrics_log import MetricsLog
-from ganvas.training.optimizers import scale_learning_rates
+from ganvas.training.optimizers import learning_rate, load_optimizer_state, optimizer_state, scale_learning_rates
 from ganvas.training.progress import ProgressDisplay, make_progress, summary
 from ganvas.training.report import write_report
 from ganvas.training.run_folder import RunFolder, weights_mismatch
@@ -62,6 +62,7 @@ class TrainingRun:
         optimizers: checkpointed; their learning rates are logged and, at a recovery, lowered.
         parts: whatever else has a state.
         detectors: see :mod:`ganvas.training.faults`.
+        on_load: called after a checkpoint has been loaded, which replaces the tensors of the optimisers' state.
         resume: continue from the newest whole checkpoint, if there is one.
         progress: what a person sees; a bar or plain lines if None.
     """
@@ -77,6 +78,7 @@ class TrainingRun:
         optimizers: Mapping[str, Optimizer],
         parts: Mapping[str, Stateful],
         detectors: Sequence[Detector] = (),
+        on_load: Callable[[], None] | None = None,
         resume: bool = False,
         progress: ProgressDisplay | None = None,
     ) -> None:
@@ -92,6 +94,7 @@ class TrainingRun:
         self._optimizers = optimizers
         self._parts = parts
         self._detectors = detectors
+        self._on_load = on_load
         self._resume = resume
         self._progress = progress or make_progress()
         self._store = CheckpointStore(folder.checkpoints, ganvas.__version__)
@@ -236,7 +239,7 @@ class TrainingRun:
     def _close_window(self) -> None:
         steps, values = self._averages.read_and_reset()
         elapsed = time.monotonic() - self._window_started
-        rates = {f"train/{name}": optimizer.param_groups[0]["lr"] for name, optimizer in self._optimizers.items()}
+        rates = {f"train/{name}": learning_rate(optimizer) for name, optimizer in self._optimizers.items()}
         speed = {"train/images_per_second": self._images / elapsed} if elapsed > 0 else {}
         self._log.write(self.step, self.epoch + 1, {**values, **rates, **speed})
         self._images, self._window_started = 0, time.monotonic()
@@ -258,7 +261,7 @@ class TrainingRun:
             "log_length": self._log.length,
             "averages": self._averages.state_dict(),
             "modules": {name: module.state_dict() for name, module in self._modules.items()},
-            "optimizers": {name: optimizer.state_dict() for name, optimizer in self._optimizers.items()},
+            "optimizers": {name: optimizer_state(optimizer) for name, optimizer in self._optimizers.items()},
             "parts": {name: part.state_dict() for name, part in self._parts.items()},
             "detectors": [detector.state_dict() for detector in self._detectors],
         }
@@ -272,7 +275,7 @@ class TrainingRun:
         for name, module in self._modules.items():
             module.load_state_dict(state["modules"][name])
         for name, optimizer in self._optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][name])
+            load_optimizer_state(optimizer, state["optimizers"][name])
         for name, part in self._parts.items():
             part.load_state_dict(state["parts"][name])
         for detector, detector_state in zip(self._detectors, state["detectors"]):
@@ -281,6 +284,8 @@ class TrainingRun:
         self.epoch, self.batch, self.step = (state["position"][key] for key in ("epoch", "batch", "step"))
         self.best = dict(state["best"])
         self._recoveries = state["recoveries"]
+        if self._on_load is not None:
+            self._on_load()
 
     @staticmethod
     def _restored_log_length(loaded: tuple[Checkpoint, list[str]] | None) -> int:
