@@ -23,11 +23,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.optim.swa_utils import AveragedModel
 
 from ganvas.data import BatchLoader, InMemoryDataset, load
 from ganvas.losses import DiscriminatorLoss
 from ganvas.training import ClassifierConfig, GANConfig, classifier, gan, run
+from ganvas.training.gan_steps import AveragedGenerator
 from ganvas.training.run import TrainingRun
 from ganvas.training.run_folder import RunFolder
 
@@ -45,7 +45,7 @@ OTHERS = {
     "evaluation": [(classifier, "evaluate_classifier"), (gan._Evaluation, "of_epoch")],
     "zero_grad": [(torch.optim.Optimizer, "zero_grad")],
     "schedule": [(torch.optim.lr_scheduler.OneCycleLR, "step")],
-    "moving average": [(AveragedModel, "update_parameters")],
+    "moving average": [(AveragedGenerator, "update_parameters")],
     "log": [(TrainingRun, "record"), (TrainingRun, "_close_window"), (classifier, "_accuracy")],
     "checkpoints": [(TrainingRun, "_save"), (RunFolder, "save_weights")],
     "report page": [(run, "write_report")],

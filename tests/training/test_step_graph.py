@@ -8,85 +8,20 @@ import json
 import pytest
 import torch
 from operator_tape import OperatorTape
+from recorded_training import assert_same_training
 from tiny_training_jobs import JOBS, run_classifier, run_gan, tiny_classifier
 from torch import nn
-from torch.nn import functional as F
 from training_helpers import Recorder, SignalAt, assert_same_results
 
 from ganvas.models import checks
 from ganvas.training import Interrupted, autoencoder, classifier, gan, run
 from ganvas.training.faults import TrainingFault
 from ganvas.training.metrics_log import read_metrics
-from ganvas.training.optimizers import make_optimizer, scale_learning_rates
+from ganvas.training.optimizers import scale_learning_rates
 from ganvas.training.step_graph import WARM_UP_STEPS, StepGraph, cuda_recorder
 
 EPOCHS = 6
 """Of three steps each: as many replays as warm-up steps, and more, for each of the GAN's two kinds of step."""
-
-
-class Training:
-    """A network with dropout and BatchNorm under Adam, and a step of it in a StepGraph."""
-
-    def __init__(self, recorder=None):
-        torch.manual_seed(0)
-        self.network = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 3))
-        self.optimizer = make_optimizer("adam", self.network, 0.01, capturable=True)
-        self.noise = torch.Generator().manual_seed(1)
-        self.recorder = recorder and recorder(None, self.noise)
-        self.said: list[str] = []
-        self.step = StepGraph(
-            self.take,
-            self.recorder,
-            modules=(self.network,),
-            optimizers=(self.optimizer,),
-            say=self.said.append,
-        )
-        torch.manual_seed(2)
-
-    def take(self, inputs, targets, *, noisy=False):
-        if noisy:
-            inputs = inputs + torch.randn(inputs.shape, generator=self.noise)
-        loss = F.cross_entropy(self.network(inputs), targets)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimizer.step()
-        return {"loss": loss}
-
-    def state(self):
-        return {
-            **{f"network.{name}": value.clone() for name, value in self.network.state_dict().items()},
-            **{f"gradient {name}": value.grad.clone() for name, value in self.network.named_parameters()},
-            **{
-                f"optimizer {index} {name}": value.clone()
-                for index, state in self.optimizer.state_dict()["state"].items()
-                for name, value in state.items()
-            },
-            "noise": self.noise.get_state(),
-            "random": torch.get_rng_state(),
-        }
-
-
-def batches(count, size=4):
-    generator = torch.Generator().manual_seed(3)
-    for _ in range(count):
-        yield torch.randn(size, 6, generator=generator), torch.randint(0, 3, (size,), generator=generator)
-
-
-def assert_same_training(recorder, calls, before_call=lambda training, number: None):
-    """``calls``: (batch size, options) of each step. Run with ``recorder`` and without one. Returns the first."""
-    trainings, losses, states = [Training(recorder), Training()], [], []
-    for training in trainings:
-        torch.manual_seed(4)
-        losses.append([])
-        for number, ((size, options), seed) in enumerate(zip(calls, range(len(calls)))):
-            before_call(training, number)
-            inputs, targets = list(batches(seed + 1, size))[-1]
-            losses[-1].append(training.step(inputs, targets, **options)["loss"].item())
-        states.append(training.state())
-    assert losses[0] == losses[1]
-    assert states[0].keys() == states[1].keys()
-    assert [name for name, value in states[0].items() if not torch.equal(value, states[1][name])] == []
-    return trainings[0]
 
 
 def test_steps_are_recorded_after_the_warm_up_and_replayed_from_then_on():
@@ -201,8 +136,8 @@ class RunsPythonOnly(OperatorTape):
 @pytest.mark.parametrize(
     ("work", "reason"),
     [
-        (lambda module: torch.rand(1), "it draws random numbers on the CPU"),
-        (lambda module: module.count.add_(1), "it changes a tensor on the CPU"),
+        (lambda module: torch.rand(1), "the step draws random numbers on the CPU"),
+        (lambda module: module.count.add_(1), "the step changes a tensor on the CPU"),
     ],
 )
 def test_step_that_works_on_the_cpu_is_not_recorded(work, reason):

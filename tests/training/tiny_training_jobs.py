@@ -23,7 +23,7 @@ from ganvas.training import (
 )
 
 CLASSES = ("left", "right", "top", "bottom")
-COMMON = dict(data="tiny", epochs=3, batch_size=16, log_every=2, threads=1, checkpoint_seconds=1e6)
+COMMON = dict(data="tiny", device="cpu", epochs=3, batch_size=16, log_every=2, threads=1, checkpoint_seconds=1e6)
 STEPS = 9
 """Of a whole run: three epochs of three batches."""
 

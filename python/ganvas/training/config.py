@@ -46,7 +46,8 @@ class RunConfig:
     bfloat16 and off on the CPU, and as it was when a run is resumed."""
     cuda_graph: bool = True
     """On a GPU, record a training step as a CUDA graph and replay it: the same numbers without the time that starting
-    each kernel takes. A step that can't be recorded runs as it is, and the reason is said."""
+    each kernel takes. A step that can't be recorded runs as it is, and the reason is said. A network of your own whose
+    forward takes another course in Python from step to step needs --no-cuda-graph."""
     gradient_clip: float | None = None
     """Bound on the norm of all gradients together."""
     checkpoint_seconds: float = 60.0

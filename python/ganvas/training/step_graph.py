@@ -186,9 +186,9 @@ class _State:
         """Raise RuntimeError if something was done on the CPU, which a replay would not do again."""
         (generator, state), *_ = self._random
         if not torch.equal(generator.get_state(), state):
-            raise RuntimeError("it draws random numbers on the CPU")
+            raise RuntimeError("the step draws random numbers on the CPU")
         if any(tensor.device.type == "cpu" and not torch.equal(tensor, value) for tensor, value in self._values):
-            raise RuntimeError("it changes a tensor on the CPU")
+            raise RuntimeError("the step changes a tensor on the CPU")
 
     @torch.no_grad()
     def restore(self) -> None:
