@@ -1,0 +1,100 @@
+"""How the kernel of a gather cuts its product into tiles: what is taken unmeasured, and what is worth measuring."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+
+ENOUGH_PROGRAMS = 264
+"""Two for each multiprocessor of an H100: with fewer, part of the GPU waits."""
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """A program computes block_m pixels of block_n channels, block_k of the sum at a time."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    group_m: int = 8
+    """Tiles of pixels whose programs follow each other, for all the channels written."""
+
+
+# From large tiles to small ones: block_m, block_n, block_k, num_warps, num_stages; wide where there are more than 64
+# channels to write, of 16 bits unless the name says otherwise. With one stage pixels are read
+# through the L1 cache, which holds what a tile reads again of a few channels; with more they are read ahead, past it.
+_Sizes = tuple[tuple[int, int, int, int, int], ...]
+_WIDE: _Sizes = (
+    (128, 128, 64, 8, 3),
+    (128, 128, 32, 8, 4),
+    (64, 128, 64, 8, 3),
+    (128, 64, 64, 8, 3),
+    (128, 64, 32, 4, 4),
+    (64, 64, 64, 4, 3),
+    (64, 32, 64, 4, 4),
+)
+_NARROW: _Sizes = (
+    (128, 64, 64, 8, 3),
+    (128, 64, 32, 4, 4),
+    (128, 64, 64, 8, 1),
+    (256, 64, 32, 8, 3),
+    (64, 64, 64, 4, 3),
+    (64, 64, 32, 4, 4),
+    (64, 32, 64, 4, 4),
+)
+_TF32_WIDE: _Sizes = (
+    (128, 128, 32, 8, 3),
+    (128, 64, 32, 8, 3),
+    (64, 128, 32, 8, 3),
+    (64, 64, 32, 4, 3),
+    (64, 32, 32, 4, 4),
+)
+_TF32_NARROW: _Sizes = (
+    (128, 64, 32, 8, 3),
+    (128, 64, 32, 8, 1),
+    (64, 64, 32, 4, 3),
+    (64, 32, 32, 4, 4),
+)
+_IEEE: _Sizes = ((64, 64, 16, 8, 2), (64, 32, 16, 4, 2), (32, 32, 16, 4, 2))
+
+
+def configurations(
+    most_taps: int, in_channels: int, out_channels: int, pixels: int, dtype: torch.dtype, tf32: bool
+) -> list[Configuration]:
+    """At most eight that are worth measuring, the first of them the one that is taken without that.
+
+    It has the largest tile of which there are :data:`ENOUGH_PROGRAMS`, else the smallest.
+
+    Args:
+        most_taps: of a phase.
+        in_channels: that the gather reads.
+        out_channels: that it writes.
+        pixels: that it writes, of all images and phases.
+        dtype: of both.
+        tf32: float32 values may be multiplied in TF32.
+    """
+    if dtype is torch.float32:
+        table = (_TF32_WIDE if out_channels > 64 else _TF32_NARROW) if tf32 else _IEEE
+    else:
+        table = _WIDE if out_channels > 64 else _NARROW
+    fitted = (_fitted(Configuration(*sizes), most_taps, in_channels, out_channels) for sizes in table)
+    found = list(dict.fromkeys(fitted))
+    programs = [triton.cdiv(pixels, c.block_m) * triton.cdiv(out_channels, c.block_n) for c in found]
+    first = next((i for i, count in enumerate(programs) if count >= ENOUGH_PROGRAMS), len(found) - 1)
+    return [found[first], *found[:first], *found[first + 1 :]]
+
+
+def _fitted(configuration: Configuration, most_taps: int, in_channels: int, out_channels: int) -> Configuration:
+    """No larger than the product, no smaller than tl.dot takes."""
+    block_n = max(min(configuration.block_n, triton.next_power_of_2(out_channels)), 16)
+    block_k = max(min(configuration.block_k, triton.next_power_of_2(most_taps * in_channels)), 16)
+    if in_channels % 16 == 0:
+        return replace(configuration, block_n=block_n, block_k=block_k)
+    # One element is read at a time, by an address of its own: registers for 4096 of them are what a tile can have.
+    return replace(
+        configuration, block_n=block_n, block_m=min(configuration.block_m, 128), block_k=min(block_k, 32), num_warps=8
+    )

@@ -1,0 +1,304 @@
+"""The Triton convolutions, forward and to the input, against float64 beside torch's own, with every pending kind."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from convolution_cases import Arguments, Case, by_torch, covering
+from fences import fenced
+from gathers import CONVOLUTIONS
+from torch import Tensor
+
+from ganvas.ops.backends.triton import convolution, gather_convolution
+from ganvas.ops.backends.triton.configurations import Configuration
+from ganvas.ops.backends.triton.gather import backward_gather, forward_gather, pack_weight
+from ganvas.ops.convolution import Geometry
+from ganvas.ops.pending import Pending, PendingGradient
+
+SMALL = Configuration(64, 32, 32, 4, 2, group_m=3)
+SMALLER = Configuration(32, 16, 16, 4, 2, group_m=1)
+
+
+def combined(counts: Tensor, means: Tensor, deviations: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance (G, C) of tiles' statistics, in float64."""
+    counts, means, deviations = counts.double()[:, :, None], means.double(), deviations.double()
+    count = counts.sum(1)
+    mean = (counts * means).sum(1) / count
+    return mean, (deviations + counts * (means - mean[:, None]).square()).sum(1) / count
+
+
+def check_against_torch(accuracy, case: Case, device: torch.device, configuration: Configuration | None) -> None:
+    of = Arguments(case, device)
+    exact, torchs = by_torch(of, torch.float64), by_torch(of, case.dtype)
+    arguments = (case.geometry, of.input, of.weight, of.bias)
+    plain = convolution.forward(*arguments, configuration=configuration)
+    output, *partial = convolution.forward_with_statistics(
+        *arguments, case.statistics_of_activation, case.slope, case.groups, configuration=configuration
+    )
+    assert torch.equal(plain, output)
+    ours = {"output": output}
+    groups_fit = case.input_kind != "stored" or case.gradient_kind != "stored" or case.groups == 1
+    if groups_fit:
+        grad, sums = convolution.backward_input(
+            case.geometry, of.gradient, of.weight, of.input, configuration=configuration
+        )
+        assert grad.is_contiguous(memory_format=torch.channels_last)
+        ours |= {"grad_input": grad}
+        if case.input_kind == "stored":
+            assert not sums.any()
+        else:
+            ours |= {"sum": sums[0], "sum_deviation": sums[1]}
+    for name, result in ours.items():
+        assert result.dtype is (torch.float32 if name.startswith("sum") else case.dtype)
+        accuracy.check(
+            name,
+            result,
+            exact[name],
+            torchs[name],
+            exact[name],
+            2.0 if name == "output" else 3.0,
+            terms(of, exact, name),
+        )
+
+    values = of.by_group(of.leaky(output.double()) if case.statistics_of_activation else output.double())
+    assert torch.equal(partial[0].sum(1), torch.full((case.groups,), values.shape[2], device=device))
+    mean, var = combined(*partial)
+    torch.testing.assert_close(mean, values.mean(2), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(var, values.var(2, unbiased=False), rtol=1e-5, atol=1e-6)
+
+
+def terms(of: Arguments, exact: dict[str, Tensor], name: str) -> Tensor:
+    """How large a result's summands are: a sum over pixels cancels."""
+    if name == "sum":
+        return of.by_group(exact["grad_input"].abs()).sum(2)
+    if name == "sum_deviation":
+        x = of.leaky(of.stored.double()) if of.case.input_kind == "kink_affine" else of.stored.double()
+        return of.by_group((exact["grad_input"] * (x - of.per_image(of.mean, torch.float64))).abs()).sum(2)
+    return exact[name]
+
+
+@pytest.mark.parametrize("case", covering(1), ids=lambda case: case.convolution)
+def test_as_accurate_as_torch(accuracy, device, case):
+    check_against_torch(accuracy, case, device, SMALL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", covering(15)[len(CONVOLUTIONS) :], ids=str)
+def test_as_accurate_as_torch_in_many_combinations(accuracy, device, case):
+    check_against_torch(accuracy, case, device, SMALL if case.seed % 2 else SMALLER)
+
+
+LARGER = [  # several tiles each way, whole blocks and tails; each table of configurations
+    Case("3x3", torch.bfloat16, 80, 136, 1, 2, (11, 10), "affine_kink", "affine_kink"),
+    Case("4x4_stride2", torch.float16, 16, 64, 2, 1, (16, 18), "kink_affine", "kink_affine"),
+    Case("3x3", torch.float32, 40, 72, 1, 1, (12, 11), "affine_kink", "affine_kink"),
+]
+
+
+def of_case(case: Case, direction: str) -> list[Configuration]:
+    of = Arguments(case)
+    return convolution.configurations(case.geometry, of.weight.shape, of.stored.shape, case.dtype, direction)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", LARGER, ids=str)
+@pytest.mark.parametrize("index", range(8))
+def test_every_configuration_is_as_accurate_as_torch(accuracy, device, case, index):
+    for direction in ("forward", "backward_input"):
+        choices = of_case(case, direction)
+        if index < len(choices):
+            check_against_torch(accuracy, case, device, choices[index])
+
+
+@pytest.mark.parametrize("kind", ["affine_kink", "kink_affine"])
+def test_zero_padding_pads_the_activation(device, kind):
+    of = Arguments(Case(in_channels=3, out_channels=4, input_kind=kind, has_bias=False), device)
+    shifted = of.changed(stored=torch.zeros_like(of.stored), shift=torch.ones_like(of.shift))
+    output = convolution.forward(shifted.case.geometry, shifted.input, torch.ones_like(of.weight), None)
+    assert set(output[0, 0].flatten().tolist()) == {12.0, 18.0, 27.0}  # 4, 6 and 9 taps of 3 channels
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("slope", [0.0, 0.2, 1.0, -0.5])
+@pytest.mark.parametrize("kind", ["affine_kink", "kink_affine", "stored"])
+def test_nan_and_infinity_go_where_torch_has_them(device, slope, kind):
+    of = Arguments(Case(in_channels=3, out_channels=5, slope=slope, input_kind=kind, gradient_kind=kind), device)
+    for pixels in (of.stored, of.grad):
+        pixels[0, 0, 1, 1] = float("nan")
+        pixels[1, 1, 3, 3] = float("inf")
+        pixels[1, 2, 5, 2] = -float("inf")
+    of.weight.abs_().add_(0.1)
+    output = convolution.forward(of.case.geometry, of.input, of.weight, of.bias, configuration=SMALL)
+    grad, sums = convolution.backward_input(of.case.geometry, of.gradient, of.weight, of.input, configuration=SMALL)
+    exact = by_torch(of, torch.float32)
+    for name, ours in (("output", output), ("grad_input", grad)):
+        assert torch.equal(ours.isnan(), exact[name].isnan()), name
+        assert torch.equal(ours == float("inf"), exact[name] == float("inf")), name
+    if kind != "stored":
+        assert torch.equal(sums[0].isnan(), exact["sum"].isnan())
+
+
+def test_statistics_do_not_cancel(device):
+    case = Case("1x1", in_channels=1, out_channels=2, images=3, input_kind="stored", size=(20, 20))
+    of = Arguments(case, device)
+    bias = torch.tensor([1e4, -3e4], device=device)
+    output, *partial = convolution.forward_with_statistics(case.geometry, of.input, of.weight, bias, False, 1.0, 1)
+    values = of.by_group(output.double())
+    torch.testing.assert_close(combined(*partial)[1], values.var(2, unbiased=False), rtol=1e-3, atol=0.0)
+
+
+def test_a_stored_input_has_no_kink_and_no_sums(device):
+    of = Arguments(Case(input_kind="stored"), device)
+    grad, sums = convolution.backward_input(of.case.geometry, of.grad, of.weight, of.input, configuration=SMALL)
+    _, again = by_torch(of, torch.float32).values()
+    torch.testing.assert_close(grad, again)
+    assert sums.shape == (2, 1, 5)
+    assert not sums.any()
+
+
+def test_a_mean_that_is_not_there_is_zero(device):
+    of = Arguments(Case(groups=2), device)
+    without = of.input._replace(mean=None)
+    zero = of.input._replace(mean=torch.zeros_like(of.mean))
+    ours, expected = (
+        convolution.backward_input(of.case.geometry, of.grad, of.weight, input, configuration=SMALL)[1]
+        for input in (without, zero)
+    )
+    assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_float32_weight_is_rounded_to_the_inputs_dtype(device, dtype):
+    of = Arguments(Case(dtype=dtype), device)
+    wide = of.weight.float() * 1.001
+    arguments = {"configuration": SMALL}
+    ours = convolution.forward(of.case.geometry, of.input, wide, of.bias.float(), **arguments)
+    assert ours.dtype is dtype
+    assert torch.equal(ours, convolution.forward(of.case.geometry, of.input, wide.to(dtype), of.bias, **arguments))
+
+
+def test_the_same_bits_each_time(device):
+    of = Arguments(Case(dtype=torch.bfloat16, gradient_kind="affine_kink"), device)
+    first, second = (
+        [
+            *convolution.forward_with_statistics(of.case.geometry, of.input, of.weight, of.bias, False, 0.2, 1),
+            *convolution.backward_input(of.case.geometry, of.gradient, of.weight, of.input),
+        ]
+        for _ in range(2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+FENCED = [
+    Case("3x3", torch.bfloat16, 5, 17, 1, 2, gradient_kind="kink_affine"),
+    Case("3x3_padding2", torch.float32, 16, 16, input_kind="kink_affine", gradient_kind="affine_kink"),
+    Case("4x4_transposed", torch.float16, 3, 33, input_kind="stored"),
+    Case("3x3_upsampled", torch.float32, 17, 1),
+    Case("3x3_stride3_dilation2", torch.float32, 33, 5),
+    Case("5x5_stride2", torch.bfloat16, 16, 3, channels_last_weight=True),
+]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's memory is fenced; on a GPU memcheck looks")
+@pytest.mark.parametrize("at_end", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("case", FENCED, ids=lambda case: case.convolution)
+def test_nothing_outside_the_arrays_is_touched(monkeypatch, case, at_end):
+    def fence(values: Tensor) -> Tensor:
+        return fenced(values, at_end)
+
+    def fence_all(values):
+        return type(values)(*(fence(v) if isinstance(v, Tensor) else v for v in values))
+
+    partials_of = gather_convolution._partials
+    monkeypatch.setattr(
+        gather_convolution, "_partials",
+        lambda *arguments: (lambda made: made if made is None else fence_all(made))(partials_of(*arguments)),
+    )  # fmt: skip
+    of = Arguments(case)
+    kernel = CONVOLUTIONS[case.convolution][1]
+    for gather, read, like in (
+        (forward_gather(case.geometry, kernel), of.input, of.grad),
+        (backward_gather(case.geometry, kernel), of.gradient, of.stored),
+    ):
+        packed = pack_weight(of.weight, gather, case.geometry.transposed, case.dtype)
+        pending = read if isinstance(read, (Pending, PendingGradient)) else Pending(read)
+        after = gather_convolution.StatisticsOf(True, 0.2)
+        if like is of.stored:
+            after = fence_all(of.input) if of.input.scale is not None else None
+        bias = fence(of.bias) if like is of.grad else None
+        output = fence(torch.full_like(like, float("nan")))
+        configuration = SMALLER if case.in_channels == 16 else SMALL
+        gather_convolution.gather_convolution(
+            gather, fence_all(pending), fence(packed), bias, output, case.groups, after, configuration
+        )
+        assert not output.isnan().any()
+
+
+BAD = {
+    "groups must divide the batch of 2; got 3": {"groups": 3},
+    r"weight \(17, 4, 3, 3\) takes 4 channels; the input has 5": {"weight": torch.empty(17, 4, 3, 3)},
+    r"bias must have shape \(17,\)": {"bias": torch.empty(5)},
+    "input.stored must be channels_last": {"input": Pending(torch.empty(2, 5, 7, 6))},
+    "take groups=1; got 5": {"geometry": Geometry(groups=5), "weight": torch.empty(5, 1, 3, 3)},
+    "strides up to 4": {"geometry": Geometry(stride=(5, 5))},
+    "nothing to compute": {"weight": torch.empty(17, 5, 9, 9)},
+    "after upsampling": {"geometry": Geometry(stride=(2, 2), upsampled=True)},
+    "4 dimensions": {"weight": torch.empty(17, 5, 3)},
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_arguments_are_named(message):
+    of = Arguments(Case(input_kind="stored"))
+    arguments = {
+        "geometry": of.case.geometry, "input": of.input, "weight": of.weight, "bias": of.bias,
+        "activation_first": False, "negative_slope": 0.2, "groups": 1,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        convolution.forward_with_statistics(**{**arguments, **BAD[message]})
+
+
+def test_bad_gradients_and_dtypes_are_named():
+    of = Arguments(Case(gradient_kind="affine_kink"))
+    arguments = (of.weight, of.input)
+    with pytest.raises(TypeError, match=r"grad_output must be of the input's dtype, torch.float32; got torch.float16"):
+        convolution.backward_input(of.case.geometry, of.grad.half(), *arguments)
+    with pytest.raises(ValueError, match=r"grad_output.grad must have shape \(2, 17, 7, 6\)"):
+        convolution.backward_input(of.case.geometry, of.gradient._replace(grad=of.grad[:1]), *arguments)
+    with pytest.raises(ValueError, match=r"grad_output.alpha must have shape \(1, 17\)"):
+        convolution.backward_input(of.case.geometry, of.gradient._replace(alpha=of.alpha[:, :5]), *arguments)
+    with pytest.raises(TypeError, match=r"float32, bfloat16 and float16; got torch.float64"):
+        convolution.forward(of.case.geometry, Pending(of.stored.double()), of.weight, None)
+    with pytest.raises(TypeError, match=r"input.shift must be a float32 tensor; got torch.float64"):
+        convolution.forward(of.case.geometry, of.input._replace(shift=of.shift.double()), of.weight, None)
+
+
+def test_what_it_takes_and_what_not():
+    weight, shape = torch.empty(17, 5, 3, 3), torch.Size((2, 5, 7, 6))
+    assert convolution.takes(Geometry(), weight, shape, torch.float32) is None
+    assert "float64" in convolution.takes(Geometry(), weight, shape, torch.float64)
+    many = torch.Size((2**20, 5, 64, 64))
+    assert "pixels" in convolution.takes(Geometry(), weight, many, torch.float32)
+    large = torch.Size((1, 5, 2**15, 2**15))
+    assert "values" in convolution.takes(Geometry(), weight, large, torch.float32)
+
+
+@pytest.mark.parametrize("case", [*LARGER, *(replace(case, images=512, size=(64, 64)) for case in LARGER)], ids=str)
+@pytest.mark.parametrize("direction", ["forward", "backward_input"])
+def test_few_configurations_are_worth_measuring(case, direction):
+    weight = Arguments(replace(case, images=1, size=(4, 4))).weight
+    input = torch.Size((case.images * case.groups, case.in_channels, *case.size))
+    choices = convolution.configurations(case.geometry, weight.shape, input, case.dtype, direction)
+    assert 2 <= len(choices) <= 8
+    assert len(set(choices)) == len(choices)
+
+
+def test_many_pixels_take_larger_tiles_than_few():
+    weight, geometry = torch.Size((128, 128, 3, 3)), Geometry(padding=(1, 1))
+    many, few = (
+        convolution.configurations(geometry, weight, torch.Size((batch, 128, 16, 16)), torch.bfloat16, "forward")[0]
+        for batch in (512, 8)
+    )
+    assert many.block_m * many.block_n > few.block_m * few.block_n
