@@ -77,7 +77,7 @@ def test_mistake_is_one_line_with_exit_code_2_and_nothing_is_created(ganvas, tmp
 @pytest.mark.parametrize(
     ("backend", "said"),
     [
-        ("gpu", "GANVAS_BACKEND must be one of cpu, cuda, reference; got 'gpu'"),
+        ("gpu", "GANVAS_BACKEND must be one of cpu, triton, cuda, reference; got 'gpu'"),
         ("cuda", "GANVAS_BACKEND='cuda' cannot"),
     ],
 )

@@ -342,7 +342,7 @@ GOOD = {"input": torch.randn(4, 3, 2, 2), "weight": None, "bias": None, "running
         ({"statistics_groups": 3}, ValueError, "statistics_groups must divide the batch of 4; got 3"),
         ({"statistics_groups": 0}, ValueError, "statistics_groups must be at least 1; got 0"),
         ({"input": torch.randn(1, 3, 1, 1)}, ValueError, "more than 1 value per channel"),
-        ({"backend": "tpu"}, ValueError, "backend must be one of cpu, cuda, reference; got 'tpu'"),
+        ({"backend": "tpu"}, ValueError, "backend must be one of cpu, triton, cuda, reference; got 'tpu'"),
         ({"input": GOOD["input"].double(), "backend": "cpu"}, ValueError, r"cannot run .*got torch\.float64"),
     ],
 )
