@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +22,16 @@ def chain(channels: int, layers: int = 4) -> nn.Sequential:
 
 def activation_bytes(shape: MapShape, dtype: torch.dtype) -> dict[str, int]:
     """Bytes of the distinct storages that autograd keeps, parameters left out."""
-    return {name: _kept(model, x) for name, (model, x) in _candidates(shape, dtype).items()}
+    return {name: kept_bytes(model, x) for name, (model, x) in _candidates(shape, dtype).items()}
 
 
 def peak_bytes(shape: MapShape, dtype: torch.dtype) -> dict[str, int]:
     """Highest sum of live tensor bytes during forward + backward, over what lived before the step."""
-    return {name: _peak(model, x) for name, (model, x) in _candidates(shape, dtype).items()}
+    peaks = {}
+    for name, (model, x) in _candidates(shape, dtype).items():
+        model(x).sum().backward()  # gradients exist already in any step but the first
+        peaks[name] = host_peak_bytes(lambda model=model, x=x: model(x).sum().backward())
+    return peaks
 
 
 def _candidates(shape: MapShape, dtype: torch.dtype) -> dict[str, tuple[nn.Module, Tensor]]:
@@ -38,7 +43,8 @@ def _candidates(shape: MapShape, dtype: torch.dtype) -> dict[str, tuple[nn.Modul
     return {"eager": (eager, x), "ganvas": (fused, x)}
 
 
-def _kept(model: nn.Module, x: Tensor) -> int:
+def kept_bytes(model: nn.Module, x: Tensor) -> int:
+    """Bytes of the distinct storages that autograd keeps of ``model(x)``, parameters left out."""
     kept: dict[int, int] = {}
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
 
@@ -54,10 +60,10 @@ def _kept(model: nn.Module, x: Tensor) -> int:
     return sum(kept.values())
 
 
-def _peak(model: nn.Module, x: Tensor) -> int:
-    model(x).sum().backward()  # gradients exist already in any step but the first
+def host_peak_bytes(call: Callable[[], object]) -> int:
+    """Highest sum of live tensor bytes on the CPU during a call, over what lived before."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        model(x).sum().backward()
+        call()
     live = highest = 0
     records = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     for record in sorted(records, key=lambda event: event.start_ns()):

@@ -19,30 +19,37 @@ class Timing:
     spread: tuple[float, float]  # quartiles of that ratio
 
 
+def wall_seconds(call: Callable[[], object], count: int) -> float:
+    """Of ``count`` calls, by the host's clock."""
+    begin = _now()
+    for _ in range(count):
+        call()
+    return _now() - begin
+
+
 def interleaved(
-    candidates: dict[str, Callable[[], object]], *, turns: int = 15, least_seconds: float = 0.005, warmup: int = 2
+    candidates: dict[str, Callable[[], object]],
+    *,
+    turns: int = 15,
+    least_seconds: float = 0.005,
+    warmup: int = 2,
+    seconds_of: Callable[[Callable[[], object], int], float] = wall_seconds,
 ) -> dict[str, Timing]:
     """Times each candidate once a turn; short calls are repeated within a turn until ``least_seconds`` have passed.
 
-    The first candidate is the baseline of the ratios.
+    The first candidate is the baseline of the ratios. ``seconds_of`` tells how long so many calls take.
     """
     repeats = {}
     for name, call in candidates.items():
         for _ in range(warmup):
             call()
-        begin = _now()
-        call()
-        repeats[name] = max(1, int(least_seconds / max(_now() - begin, 1e-9)))
+        repeats[name] = max(1, int(least_seconds / max(seconds_of(call, 1), 1e-9)))
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for turn in range(turns):
         # Each turn in another order: whoever runs first after a slow candidate finds another cache.
         names = list(candidates)[turn % len(candidates) :] + list(candidates)[: turn % len(candidates)]
         for name in names:
-            call, count = candidates[name], repeats[name]
-            begin = _now()
-            for _ in range(count):
-                call()
-            seconds[name].append((_now() - begin) / count)
+            seconds[name].append(seconds_of(candidates[name], repeats[name]) / repeats[name])
     baseline = seconds[next(iter(candidates))]
     result = {}
     for name, measured in seconds.items():

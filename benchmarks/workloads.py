@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ganvas
-from shapes import MapShape
+from ganvas.training.gan_steps import discriminate_pair, frozen
+from shapes import CONVOLUTIONS, LayerShape, MapShape
 
 Call = Callable[[], object]
 
@@ -27,18 +30,10 @@ class Work:
 
 def batch_norm_leaky_relu(shape: MapShape, dtype: torch.dtype, *, compiled: bool, training: bool = True) -> Work:
     """BatchNorm + LeakyReLU(0.2) on a channels-last map, forward and backward."""
-    channels = shape.channels
-    x = torch.randn(shape.batch, channels, shape.size, shape.size).to(dtype)
-    x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
-    grad = torch.randn(x.shape).to(dtype).contiguous(memory_format=torch.channels_last)
-    weight, bias = torch.ones(channels, requires_grad=True), torch.zeros(channels, requires_grad=True)
-    mean, var = torch.zeros(channels), torch.ones(channels)
-
-    def eager(x: Tensor) -> Tensor:
-        return F.leaky_relu(F.batch_norm(x, mean, var, weight, bias, training, 0.1, 1e-5), 0.2)
-
-    def fused(x: Tensor) -> Tensor:
-        return ganvas.ops.batch_norm_leaky_relu(x, weight, bias, mean, var, training=training, negative_slope=0.2)
+    x = random_map(shape, dtype).requires_grad_()
+    grad = random_map(shape, dtype)
+    weight, bias = torch.ones(shape.channels, requires_grad=True), torch.zeros(shape.channels, requires_grad=True)
+    candidates = batch_norm_leaky_relu_functions(weight, bias, training=training)
 
     def step_of(function: Callable[[Tensor], Tensor]) -> Call:
         def step() -> None:
@@ -47,7 +42,7 @@ def batch_norm_leaky_relu(shape: MapShape, dtype: torch.dtype, *, compiled: bool
 
         return step
 
-    functions = _with_compiled({"eager": eager, "ganvas": fused}, compiled)
+    functions = _with_compiled(candidates, compiled)
     return Work(
         str(shape),
         {name: _without_grad(function, x) for name, function in functions.items()},
@@ -55,12 +50,44 @@ def batch_norm_leaky_relu(shape: MapShape, dtype: torch.dtype, *, compiled: bool
     )
 
 
+def random_map(shape: MapShape, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+    """Normal values, channels_last."""
+    values = torch.randn(shape.batch, shape.size, shape.size, shape.channels, device=device).to(dtype)
+    return values.permute(0, 3, 1, 2)
+
+
+def batch_norm_leaky_relu_functions(
+    weight: Tensor, bias: Tensor, *, training: bool = True, running: bool = True, backend: str | None = None
+) -> dict[str, Callable[[Tensor], Tensor]]:
+    """BatchNorm + LeakyReLU(0.2) in torch and in ganvas, with ``running`` statistics or without."""
+    mean = torch.zeros_like(weight, requires_grad=False) if running else None
+    var = torch.ones_like(weight, requires_grad=False) if running else None
+
+    def eager(x: Tensor) -> Tensor:
+        return F.leaky_relu(F.batch_norm(x, mean, var, weight, bias, training, 0.1, 1e-5), 0.2)
+
+    def fused(x: Tensor) -> Tensor:
+        return ganvas.ops.batch_norm_leaky_relu(
+            x, weight, bias, mean, var, training=training, negative_slope=0.2, backend=backend
+        )
+
+    return {"eager": eager, "ganvas": fused}
+
+
 def discriminator_loss(count: int, kind: str, dtype: torch.dtype, *, compiled: bool) -> Work:
     """A discriminator's loss on ``count`` real and ``count`` fake logits, its gradients and its four logged metrics.
 
     As for :func:`generator_loss`, ``forward`` builds the graph, and ``step`` has one candidate more: ``floor``.
     """
-    ones, zeros = torch.ones(count, dtype=dtype), torch.zeros(count, dtype=dtype)
+    logits = _logits(count, dtype, 2)
+    return _loss(f"{kind} {count}", discriminator_loss_functions(kind, logits[0]), logits, compiled)
+
+
+def discriminator_loss_functions(
+    kind: str, like: Tensor, backend: str | None = None
+) -> dict[str, Callable[[Tensor, Tensor], tuple[Tensor, ...]]]:
+    """The loss and its four logged metrics in torch and in ganvas, of real and fake logits ``like`` those given."""
+    ones, zeros = torch.ones_like(like, requires_grad=False), torch.zeros_like(like, requires_grad=False)
 
     def eager_bce(real: Tensor, fake: Tensor) -> Tensor:
         return F.binary_cross_entropy_with_logits(real, ones) + F.binary_cross_entropy_with_logits(fake, zeros)
@@ -76,10 +103,10 @@ def discriminator_loss(count: int, kind: str, dtype: torch.dtype, *, compiled: b
             return loss, real.mean(), fake.mean(), (real > 0).float().mean(), (fake < 0).float().mean()
 
     def fused(real: Tensor, fake: Tensor) -> tuple[Tensor, ...]:
-        loss, metrics = ganvas.ops.discriminator_loss(real, fake, kind, return_metrics=True)
+        loss, metrics = ganvas.ops.discriminator_loss(real, fake, kind, return_metrics=True, backend=backend)
         return loss, *metrics
 
-    return _loss(f"{kind} {count}", {"eager": eager, "ganvas": fused}, _logits(count, dtype, 2), compiled)
+    return {"eager": eager, "ganvas": fused}
 
 
 def generator_loss(count: int, kind: str, dtype: torch.dtype, *, compiled: bool) -> Work:
@@ -121,7 +148,7 @@ class _ReadyGradients(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *logits):
-        return torch.empty(())
+        return logits[0].new_empty(())
 
     @staticmethod
     def backward(ctx, grad_loss):
@@ -139,6 +166,18 @@ def upsampled_convolution(shape: MapShape, dtype: torch.dtype, *, compiled: bool
     """One layer: nearest-neighbour upsampling, conv 3×3, BatchNorm, LeakyReLU(0.2)."""
     layers = [nn.Upsample(scale_factor=2), *_conv_bn_leaky_relu(shape.channels)]
     return _network(str(shape), layers, shape, dtype, compiled)
+
+
+def conv_layer(shape: LayerShape) -> list[nn.Module]:
+    """The convolution of ``shape`` (after its upsampling), BatchNorm, LeakyReLU(0.2)."""
+    channels, size = (shape.in_channels, shape.out_channels), CONVOLUTIONS[shape.kind].kernel_size
+    if shape.kind.startswith("transposed"):
+        convolution: nn.Module = nn.ConvTranspose2d(*channels, size, stride=2, padding=1, bias=False)
+    else:
+        stride = 2 if CONVOLUTIONS[shape.kind].scale < 1 else 1
+        convolution = nn.Conv2d(*channels, size, stride, padding=(size - 1) // 2, bias=False)
+    upsampling = [nn.Upsample(scale_factor=2)] if shape.kind.startswith("upsampled") else []
+    return [*upsampling, convolution, nn.BatchNorm2d(shape.out_channels), nn.LeakyReLU(0.2)]
 
 
 def _conv_bn_leaky_relu(channels: int) -> list[nn.Module]:
@@ -187,74 +226,86 @@ def _network(name: str, layers: list[nn.Module], shape: MapShape, dtype: torch.d
 def training_step(name: str, batch: int, dtype: torch.dtype, *, compiled: bool) -> Work:
     """A whole step of a model in the registry: classifier or GAN (one D and one G step), Adam, batch in memory."""
     torch.manual_seed(0)
-    makers = {"cnn_32_64": _classifier_step, "resnet": _classifier_step, "mlp_conv_gan": _gan_step, "dcgan": _gan_step}
-    options = {
-        "cnn_32_64": {"channels": 3, "size": 32},
-        "resnet": {"channels": 3, "size": 32},
-        "mlp_conv_gan": {"size": 28, "channels": 1},
-        "dcgan": {"size": 64, "channels": 3},
-    }[name]
-    model = ganvas.models.create(name, **options)
-    plain = copy.deepcopy(model)
-    for module in plain if isinstance(plain, tuple) else (plain,):
-        ganvas.revert(module)
-        module.to(memory_format=torch.channels_last)
-    candidates = {"eager": plain, "ganvas": model}
+    size, channels = (28, 1) if name == "mlp_conv_gan" else (64, 3) if name == "dcgan" else (32, 3)
+    networks = registered_networks(name, size=size, channels=channels)
+    plain = plain_networks(networks)
+    candidates = {"eager": plain, "ganvas": networks}
     if compiled:
-        copies = copy.deepcopy(plain)
-        candidates["compile"] = (
-            tuple(map(torch.compile, copies)) if isinstance(copies, tuple) else torch.compile(copies)
-        )
-    images = torch.randn(batch, options["channels"], options["size"], options["size"])
-    images = images.contiguous(memory_format=torch.channels_last)
-    make = makers[name]
-    steps = {label: make(candidate, images, dtype) for label, candidate in candidates.items()}
-    return Work(f"{name} {options['size']}x{options['size']} batch {batch}", {}, steps)
+        candidates["compile"] = [torch.compile(network) for network in copy.deepcopy(plain)]
+    images = torch.randn(batch, channels, size, size).contiguous(memory_format=torch.channels_last)
+    labels = torch.arange(batch) % 10 if len(networks) == 1 else None
+    steps = {label: TrainingStep(candidate, dtype) for label, candidate in candidates.items()}
+    calls: dict[str, Call] = {label: functools.partial(step, images, labels) for label, step in steps.items()}
+    return Work(f"{name} {size}x{size} batch {batch}", {}, calls)
 
 
-def _classifier_step(model: nn.Module, images: Tensor, dtype: torch.dtype) -> Call:
-    optimizer = torch.optim.Adam(model.parameters(), fused=True)
-    labels = torch.arange(len(images)) % 10
+def registered_networks(name: str, **options: Any) -> list[nn.Module]:
+    """A classifier, or a generator and its discriminator, channels_last."""
+    model = ganvas.models.create(name, **options)
+    networks = model if isinstance(model, tuple) else (model,)
+    return [network.to(memory_format=torch.channels_last) for network in networks]
 
-    def step() -> None:
-        with torch.autocast("cpu", dtype, enabled=dtype is not torch.float32):
-            loss = F.cross_entropy(model(images), labels)
-        optimizer.zero_grad()
+
+def plain_networks(networks: Sequence[nn.Module]) -> list[nn.Module]:
+    """Copies of plain torch modules."""
+    copies = [copy.deepcopy(network) for network in networks]
+    for network in copies:
+        ganvas.revert(network)
+    return copies
+
+
+class TrainingStep:
+    """A classifier's step, or one of a discriminator and one of its generator, with Adam under autocast.
+
+    ``step(images, labels)`` returns the losses by name. It can be captured in a CUDA graph.
+
+    Args:
+        networks: a classifier, or a generator and its discriminator, of ganvas, plain torch or compiled.
+        dtype: autocast's; float32 for none.
+    """
+
+    def __init__(self, networks: Sequence[nn.Module], dtype: torch.dtype) -> None:
+        self.networks = list(networks)
+        self._device = next(networks[0].parameters()).device
+        self._dtype = dtype
+        adam = functools.partial(torch.optim.Adam, fused=True, capturable=self._device.type == "cuda")
+        options: dict[str, Any] = {} if len(networks) == 1 else {"lr": 2e-4, "betas": (0.5, 0.999)}
+        self.optimizers = [adam(network.parameters(), **options) for network in self.networks]
+        fused = any(isinstance(module, ganvas.nn.FusedSequential) for module in networks[-1].modules())
+        self._loss_backend = None if fused else "reference"
+        self._take = self._classifier if len(networks) == 1 else self._gan
+
+    def __call__(self, images: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
+        return self._take(images, labels)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self._device.type, self._dtype, enabled=self._dtype is not torch.float32)
+
+    def _classifier(self, images: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
+        with self._autocast():
+            loss = F.cross_entropy(self.networks[0](images), labels)
+        self._update(0, loss)
+        return {"loss": loss}
+
+    def _gan(self, real: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
+        generator, discriminator = self.networks
+        given = () if labels is None else (labels,)
+        with self._autocast():
+            fake = generator(torch.randn(len(real), 100, device=self._device), *given)
+            # Plain networks know no statistics groups: two forwards, as one writes it in torch.
+            logits = discriminate_pair(discriminator, real, fake.detach().to(real.dtype), labels)
+            loss = ganvas.ops.discriminator_loss(*logits, backend=self._loss_backend)
+        self._update(1, loss)
+        with frozen(discriminator):
+            with self._autocast():
+                of_generator = ganvas.ops.generator_loss(discriminator(fake, *given), backend=self._loss_backend)
+            self._update(0, of_generator)
+        return {"discriminator_loss": loss, "generator_loss": of_generator}
+
+    def _update(self, index: int, loss: Tensor) -> None:
+        self.optimizers[index].zero_grad()
         loss.backward()
-        optimizer.step()
-
-    return step
-
-
-def _gan_step(networks: tuple[nn.Module, nn.Module], real: Tensor, dtype: torch.dtype) -> Call:
-    generator, discriminator = networks
-    optimizers = [torch.optim.Adam(n.parameters(), 2e-4, betas=(0.5, 0.999), fused=True) for n in networks]
-    latent = torch.randn(len(real), 100)
-    # The plain networks know no statistics groups: two forwards, as one writes it in torch.
-    fused = isinstance(next(iter(discriminator.children()), None), ganvas.nn.FusedSequential)
-    loss_backend = None if fused else "reference"
-
-    def step() -> None:
-        with torch.autocast("cpu", dtype, enabled=dtype is not torch.float32):
-            fake = generator(latent)
-            if fused:
-                with ganvas.nn.statistics_groups(discriminator, 2):
-                    real_logits, fake_logits = discriminator(torch.cat([real, fake.detach().to(real.dtype)])).chunk(2)
-            else:
-                real_logits, fake_logits = discriminator(real), discriminator(fake.detach())
-            loss = ganvas.ops.discriminator_loss(real_logits, fake_logits, backend=loss_backend)
-        optimizers[1].zero_grad()
-        loss.backward()
-        optimizers[1].step()
-        discriminator.requires_grad_(False)
-        with torch.autocast("cpu", dtype, enabled=dtype is not torch.float32):
-            loss = ganvas.ops.generator_loss(discriminator(fake), backend=loss_backend)
-        optimizers[0].zero_grad()
-        loss.backward()
-        optimizers[0].step()
-        discriminator.requires_grad_(True)
-
-    return step
+        self.optimizers[index].step()
 
 
 def _with_compiled(functions: dict[str, Callable], compiled: bool) -> dict[str, Callable]:
