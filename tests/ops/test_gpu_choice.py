@@ -1,0 +1,203 @@
+"""Which way a GPU takes: the fastest right one. Times are imagined, results are real."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("ganvas._native")
+pytest.importorskip("triton")
+
+from ganvas.ops import tuning
+from ganvas.ops.backends.gpu import convolution, measure
+from ganvas.ops.convolution import Geometry
+
+CASE = tuning.Case("forward", "conv3x3_padding1", "float32", "imagined", 0, 8, 16, 16, 16, 16)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def no_gpu_is_asked(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(tuning, "decisions", {})
+    monkeypatch.delenv("GANVAS_BACKEND", raising=False)
+
+
+@pytest.fixture
+def times(monkeypatch) -> dict[str, float]:
+    """Milliseconds by configuration, "" for torch's way."""
+    times = {"": 2.0}
+    monkeypatch.setattr(measure, "_time_in_turns", lambda ways: {name: times[name] for name in ways})
+    return times
+
+
+def right() -> tuple[Tensor, ...]:
+    return (torch.linspace(-1, 1, 64),)
+
+
+def wrong() -> tuple[Tensor, ...]:
+    return (torch.linspace(-1, 1.1, 64),)
+
+
+def not_finite() -> tuple[Tensor, ...]:
+    return (torch.linspace(-1, 1, 64).index_fill(0, torch.tensor([3]), float("nan")),)
+
+
+def out_of_memory() -> tuple[Tensor, ...]:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def does_not_compile() -> tuple[Tensor, ...]:
+    raise RuntimeError("out of resource: shared memory")
+
+
+def test_the_fastest_configuration_stands_beside_torch(times):
+    times |= {"a": 3.0, "b": 1.5, "c": 1.75}
+    entry = measure.fastest(CASE, {"a": right, "b": right, "c": right}, right, CPU)
+    assert entry == tuning.Entry(CASE, 1.5, 2.0, "b")
+    assert entry.native
+    times["b"] = 9.0
+    assert measure.fastest(CASE, {"b": right}, right, CPU) == tuning.Entry(CASE, 9.0, 2.0, "b")
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (wrong, "is wrong by 0.0"),
+        (not_finite, "is wrong by nan"),
+        (out_of_memory, "does not fit into memory"),
+        (does_not_compile, "RuntimeError: out of resource: shared memory"),
+    ],
+)
+def test_what_is_wrong_or_fails_is_left_out_and_named(times, caplog, bad, message):
+    times["good"] = 1.0
+    entry = measure.fastest(CASE, {"bad": bad, "good": right}, right, CPU)
+    assert entry.configuration == "good"
+    assert [record.message for record in caplog.records] == [caplog.records[0].message]
+    assert caplog.records[0].message.startswith("bad of Case(")
+    assert message in caplog.text
+
+
+def test_where_nothing_is_right_torch_runs(times):
+    entry = measure.fastest(CASE, {"bad": wrong}, right, CPU)
+    assert entry == tuning.Entry(CASE, None, 2.0)
+    assert not entry.native
+
+
+def test_a_rounding_of_each_value_is_not_wrong(times):
+    times["rounded"] = 1.0
+    values = torch.randn(4096)
+
+    def rounded() -> tuple[Tensor, ...]:
+        return ((values * (1 + 2**-9 * torch.randn(4096))).bfloat16(),)
+
+    entry = measure.fastest(CASE, {"rounded": rounded}, lambda: (values.bfloat16(),), CPU)
+    assert entry.configuration == "rounded"
+
+
+@pytest.fixture
+def measured(monkeypatch) -> list[tuning.Case]:
+    """The cases that are measured; each answers that its last configuration is the fastest."""
+    cases: list[tuning.Case] = []
+
+    def remembered(case: tuning.Case, _) -> tuning.Entry:
+        cases.append(case)
+        return tuning.Entry(case, 1.0, 2.0, names(case)[-1])
+
+    monkeypatch.setenv("GANVAS_AUTOTUNE", "1")
+    monkeypatch.setattr(tuning, "remembered", remembered)
+    monkeypatch.setattr(convolution, "device_name", lambda index: "imagined")
+    return cases
+
+
+def names(case: tuning.Case) -> list[str]:
+    kernel = convolution._weight_gradient() if case.direction == "backward_weight" else convolution._convolution()
+    weight = torch.Size((case.out_channels, case.in_channels, 3, 3))
+    shape = torch.Size((case.batch, case.in_channels, case.height, case.width))
+    found = kernel.configurations(Geometry(padding=(1, 1)), weight, shape, torch.bfloat16, case.direction)
+    return [str(one) for one in found]
+
+
+def choice(direction: str = "forward", channels: int = 64, batch: int = 32, side: int = 16, **options):
+    weight = torch.empty(channels, channels, 3, 3)
+    shape = torch.Size((batch, channels, side, side))
+    return convolution.chosen_convolution(
+        options.pop("geometry", Geometry(padding=(1, 1))), weight, shape, torch.bfloat16, direction, **options
+    )
+
+
+@pytest.mark.parametrize("direction", ["forward", "forward_with_statistics", "backward_input", "backward_weight"])
+def test_each_direction_is_measured_once_and_gets_its_configuration(measured, direction):
+    chosen = choice(direction)
+    assert str(chosen.configuration) == names(measured[0])[-1]
+    assert choice(direction) is chosen
+    assert measured == [tuning.Case(direction, "conv3x3_padding1", "bfloat16", "imagined", 0, 32, 64, 64, 16, 16)]
+
+
+def test_batches_between_two_powers_of_two_share_a_choice_and_large_ones_are_cut(measured):
+    choice(batch=33)
+    choice(batch=63)
+    choice(batch=2**15, side=64)
+    assert [case.batch for case in measured] == [32, 32, 512]
+
+
+def test_a_configuration_that_there_is_no_more_is_not_taken(measured, monkeypatch):
+    monkeypatch.setattr(tuning, "remembered", lambda case, _: tuning.Entry(case, 1.0, 2.0, "of an older version"))
+    assert choice() is None
+
+
+def test_what_does_not_fit_into_memory_is_torchs(measured, monkeypatch):
+    def remembered(*_):
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(tuning, "remembered", remembered)
+    assert choice() is None
+    assert choice() is None
+
+
+@pytest.mark.parametrize(("channels", "native"), [(128, True), (129, False)])
+def test_unmeasured_few_channels_are_tritons(measured, monkeypatch, channels, native):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert (choice(channels=channels) is not None) is native
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setenv("GANVAS_AUTOTUNE", "0")
+    assert (choice(channels=channels) is not None) is native
+    assert measured == []
+
+
+def test_a_backend_that_is_asked_for_leaves_no_choice(measured, monkeypatch):
+    assert choice(backend="cuda") is None
+    assert choice(channels=512, backend="triton").configuration is None
+    monkeypatch.setenv("GANVAS_BACKEND", "cuda")
+    assert choice() is None
+    monkeypatch.setenv("GANVAS_BACKEND", "triton")
+    assert choice().configuration is None
+    assert measured == []
+
+
+def test_what_triton_does_not_take_is_torchs(measured):
+    assert choice(geometry=Geometry(padding=(1, 1), groups=2)) is None
+    assert measured == []
+
+
+@pytest.mark.parametrize(
+    ("geometry", "size", "name"),
+    [
+        (Geometry(), (1, 1), "conv1x1"),
+        (Geometry(stride=(2, 2), padding=(1, 1)), (4, 4), "conv4x4_stride2_padding1"),
+        (
+            Geometry(stride=(2, 2), transposed=True, output_padding=(1, 0)),
+            (4, 4),
+            "conv_transpose4x4_stride2_output_padding1x0",
+        ),
+        (Geometry(padding=(1, 1), upsampled=True), (3, 3), "upsample2_conv3x3_padding1"),
+        (Geometry(padding=(2, 0), dilation=(2, 2)), (3, 5), "conv3x5_padding2x0_dilation2"),
+    ],
+)
+def test_names(geometry, size, name):
+    assert convolution._name(geometry, torch.Size((1, 1, *size))) == name
