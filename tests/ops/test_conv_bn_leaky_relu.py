@@ -131,6 +131,7 @@ X, W = torch.randn(2, 4, 6, 6), torch.randn(8, 4, 3, 3)
         ((X, W), {"padding": "full"}, ValueError, "'valid' or 'same'; got 'full'"),
         ((X, W), {"dilation": 0}, ValueError, "dilation must be an integer >= 1"),
         ((X, W.double()), {}, TypeError, "weight must be of the input's dtype torch.float32; got torch.float64"),
+        ((X, W), {"backend": "triton"}, ValueError, "backend='triton' cannot run conv_bn_leaky_relu: .*got one on cpu"),
         ((X, W.to("meta")), {}, ValueError, "weight must be on the input's device cpu; got meta"),
     ],
 )

@@ -142,6 +142,16 @@ def test_on_a_gpu_a_wrong_kernel_and_one_that_does_not_fit_are_left_alone(imagin
     assert selection.choose("discriminator_loss", logits, None) == "reference"
 
 
+def test_whether_there_is_a_kernel_is_told_without_measuring(imagined_gpu, measured, monkeypatch):
+    maps = torch.empty(2, 3, 4, 4, device=imagined_gpu)
+    assert selection.could_choose_kernel("batch_norm_leaky_relu", maps)
+    assert not selection.could_choose_kernel("batch_norm_leaky_relu", maps.double())
+    assert not selection.could_choose_kernel("batch_norm_leaky_relu", maps, "reference")
+    with pytest.raises(ValueError, match="backend='cpu' cannot run"):
+        selection.could_choose_kernel("batch_norm_leaky_relu", maps, "cpu")
+    assert measured.measurements == 0
+
+
 def test_nothing_is_measured_while_a_graph_is_captured(imagined_gpu, measured, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert selection.choose("generator_loss", torch.empty(4, device=imagined_gpu), None) == "cuda"
@@ -173,6 +183,13 @@ def test_an_older_or_another_makers_gpu_is_refused(imagined_gpu, monkeypatch):
     cuda._device_refusals.clear()
     monkeypatch.setattr(torch.version, "cuda", None)
     assert "this torch is built for another maker's" in cuda.can_run("generator_loss", logits)
+
+
+def test_a_convolution_that_triton_does_not_take_is_refused_where_triton_is_asked_for(imagined_gpu, monkeypatch):
+    monkeypatch.setattr(triton, "is_installed", lambda: True)
+    maps, weight = torch.empty(2, 4, 6, 6, device=imagined_gpu), torch.empty(4, 2, 3, 3, device=imagined_gpu)
+    with pytest.raises(ValueError, match="backend='triton' cannot run this convolution: .*groups=2, padding=0"):
+        ops.conv_bn_leaky_relu(maps, weight, *[None] * 5, groups=2, training=True, backend="triton")
 
 
 @pytest.mark.parametrize("installed", [True, False])

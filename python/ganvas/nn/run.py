@@ -14,7 +14,7 @@ from ganvas.ops import checks
 from ganvas.ops.batch_norm_leaky_relu import batch_norm_leaky_relu
 from ganvas.ops.convolution import breaks_in_channels_last
 from ganvas.ops.linear import linear
-from ganvas.ops.selection import choose
+from ganvas.ops.selection import could_choose_kernel
 
 # Exact types only: a subclass may have a forward of its own.
 PRODUCERS = frozenset({nn.Conv2d, nn.ConvTranspose2d, nn.Linear})
@@ -128,7 +128,7 @@ def uses_batch_statistics(norm: _BatchNorm) -> bool:
 def native_layout(input: Tensor) -> Tensor:
     """``input`` in channels_last, where a native kernel is going to run on it."""
     # Where every op runs as plain torch, so does the convolution: no conversion that torch would not make.
-    if input.dim() != 4 or choose("batch_norm_leaky_relu", input, None) == "reference":
+    if input.dim() != 4 or not could_choose_kernel("batch_norm_leaky_relu", input):
         return input
     return checks.channels_last(input)
 

@@ -10,7 +10,7 @@ from ganvas.ops import checks
 from ganvas.ops.batch_norm_leaky_relu import ORDERS, batch_norm_leaky_relu
 from ganvas.ops.chain import Layer, can_chain, conv_bn_leaky_relu_chain
 from ganvas.ops.convolution import Geometry, symmetric_padding
-from ganvas.ops.selection import choose
+from ganvas.ops.selection import choose, could_choose_kernel
 
 
 def conv_bn_leaky_relu(
@@ -67,7 +67,14 @@ def conv_bn_leaky_relu(
         )  # fmt: skip
         if statistics_groups >= 1 and can_chain(input, [layer], statistics_groups):
             return conv_bn_leaky_relu_chain(input, [layer], statistics_groups)
-    if choose("batch_norm_leaky_relu", input, backend) != "reference":
+    if backend == "triton":
+        choose("conv_bn_leaky_relu", input, backend)
+        raise ValueError(
+            "backend='triton' cannot run this convolution: it takes float32, bfloat16 and float16 weights like the "
+            f"input, groups=1 and equal padding on both sides; got weight {tuple(weight.shape)} of {weight.dtype}, "
+            f"groups={groups}, padding={padding!r}"
+        )
+    if could_choose_kernel("batch_norm_leaky_relu", input, backend):
         input = checks.channels_last(input)
     convolved = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     return batch_norm_leaky_relu(

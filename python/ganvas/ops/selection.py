@@ -81,6 +81,19 @@ def choose(op: str, tensor: Tensor, backend: str | None) -> str:
     return "reference"
 
 
+def could_choose_kernel(op: str, tensor: Tensor, backend: str | None = None) -> bool:
+    """Whether :func:`choose` may name another backend than ``reference`` for tensors like this one; measures nothing.
+
+    Raises:
+        ValueError: as :func:`choose`.
+    """
+    if backend or _environment("GANVAS_BACKEND"):
+        return choose(op, tensor, backend) != "reference"
+    if tensor.is_cuda and torch.compiler.is_compiling():
+        return False
+    return any(_refusal(name, op, tensor) is None for name in _CAN_RUN)
+
+
 def explain(op: str, tensor: Tensor) -> dict[str, str | None]:
     """For each backend ``None`` if it would be taken for ``op`` on ``tensor``, otherwise the reason why not.
 
