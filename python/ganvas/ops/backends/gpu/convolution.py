@@ -59,13 +59,14 @@ class TritonConvolution:
         groups: int,
     ) -> Pending:
         """The output with a norm and an activation pending; statistics taken on the way."""
-        partial = _convolution().forward_with_statistics(
+        output, counts, means, deviations = _convolution().forward_with_statistics(
             self.geometry, input, weight, bias, activation_first, negative_slope, groups,
             configuration=self.configuration,
         )  # fmt: skip
         return finish_statistics(
-            *partial, bn_weight, bn_bias, running_mean, running_var, momentum, eps, negative_slope, activation_first
-        )
+            output, counts, means, deviations, bn_weight, bn_bias, running_mean, running_var, momentum, eps,
+            negative_slope, activation_first,
+        )  # fmt: skip
 
     def backward_input(self, grad_output: Tensor, weight: Tensor, input: Pending) -> tuple[Tensor, Tensor]:
         """g = dL/d(scale*x + shift) of the pending input, and Σg and Σg·(x − mean), (2, G, Cin)."""
