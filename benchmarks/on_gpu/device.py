@@ -69,6 +69,7 @@ class Gpu:
         properties = torch.cuda.get_device_properties(self.torch_device)
         self.cache_bytes = int(getattr(properties, "L2_cache_size", 0)) or 64 * 2**20
         self._pool = torch.cuda.graph_pool_handle()
+        self._capture_failed = False
 
     def describe(self) -> dict[str, object]:
         properties = torch.cuda.get_device_properties(self.torch_device)
@@ -98,9 +99,13 @@ class Gpu:
             call()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        # One pool for all: a graph's results are read before the next one is replayed.
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream):
-            results = call()
+        try:
+            # One pool for all: a graph's results are read before the next one is replayed.
+            with torch.cuda.graph(graph, pool=self._pool, stream=stream):
+                results = call()
+        except Exception:
+            self._capture_failed = True
+            raise
         return Captured(graph.replay, results)
 
     def recorder(self) -> Recorder | None:
@@ -139,7 +144,8 @@ class Gpu:
             torch.cuda.synchronize()
         except RuntimeError:  # after an illegal access, say, nothing else is to be had
             return False
-        return True
+        self._pool = torch.cuda.graph_pool_handle()
+        return not self._capture_failed  # which torch's allocator does not forget
 
 
 def _driver() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -149,6 +150,24 @@ def test_a_model_with_another_loss_than_eagers_is_wrong(host, monkeypatch):
     row, _ = cases.attempt(plan.stages(TINY, "models")[1].cases[1], host, 100.0)
     assert row["status"] == "wrong"
     assert "loss of the first step is" in row["reason"]
+
+
+def test_every_case_can_be_sent_to_a_process_of_its_own():
+    of_the_plan = [case for stage in plan.stages(plan.Sizes()) for case in stage.cases]
+    assert pickle.loads(pickle.dumps(of_the_plan)) == of_the_plan
+
+
+def test_shares_of_the_time_make_a_whole():
+    assert sum(stage.share for stage in plan.stages(plan.Sizes())) == pytest.approx(1.0)
+
+
+def test_what_torch_compile_is_added_to_has_been_measured_without_it_before():
+    first: dict[tuple[str, str], bool] = {}
+    for stage in plan.stages(plan.Sizes()):
+        for case in stage.cases:
+            compiled = case.arguments.get("compiled", False)
+            assert first.setdefault((stage.section, case.name), compiled) is False
+            assert compiled == (case.least_seconds == plan.COMPILE_SECONDS)
 
 
 def test_one_section_has_all_the_time():

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
 import torch
 
 pytestmark = pytest.mark.gpu
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+sys.path.append(str(BENCHMARKS))
 
 from on_gpu import plan, sides  # noqa: E402
 from on_gpu.cases import Worker, attempt, run  # noqa: E402
@@ -45,6 +49,25 @@ def test_a_captured_call_runs_again_on_what_its_inputs_are_then(gpu):
     x.fill_(2.0)
     captured.replay()
     assert captured.results.tolist() == [6.0] * 8
+
+
+def test_after_a_capture_that_failed_the_device_asks_to_be_replaced():
+    script = """
+        import torch
+        from on_gpu.device import Gpu
+        gpu = Gpu()
+        assert gpu.recover()
+        x = torch.ones(8, device="cuda")
+        try:
+            gpu.capture(lambda: x.sum().item())
+        except RuntimeError:
+            pass
+        else:
+            raise AssertionError("a capture cannot hold .item()")
+        assert not gpu.recover()
+    """
+    environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS)}  # its own process: this one has other tests to run
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], env=environment, check=True, timeout=300)
 
 
 def test_seconds_are_those_of_the_gpu(gpu):
