@@ -9,6 +9,8 @@ import torch
 from gathers import CONVOLUTIONS, weight_shape
 from torch import Tensor
 
+from ganvas.ops.backends.triton import convolution
+from ganvas.ops.backends.triton.configurations import Configuration
 from ganvas.ops.convolution import Geometry, convolve, convolve_backward
 from ganvas.ops.pending import Pending, PendingGradient
 
@@ -36,6 +38,18 @@ class Case:
     def geometry(self) -> Geometry:
         return CONVOLUTIONS[self.convolution][0]
 
+    @property
+    def weight_shape(self) -> torch.Size:
+        return weight_shape(*CONVOLUTIONS[self.convolution], self.in_channels, self.out_channels)
+
+    def configurations(self) -> tuple[list[Configuration], list[Configuration]]:
+        """Those worth measuring, forward and to the input."""
+        input = torch.Size((self.images * self.groups, self.in_channels, *self.size))
+        arguments = (self.geometry, self.weight_shape, input, self.dtype)
+        return convolution.configurations(*arguments, "forward"), convolution.configurations(
+            *arguments, "backward_input"
+        )
+
 
 class Arguments:
     """Random tensors for a case: a pending input, weight and bias, the (pending) gradient of the output."""
@@ -49,7 +63,7 @@ class Arguments:
         def pixels(*shape: int) -> Tensor:
             return normal(*shape).to(case.dtype).contiguous(memory_format=torch.channels_last)
 
-        shape = weight_shape(*CONVOLUTIONS[case.convolution], case.in_channels, case.out_channels)
+        shape = case.weight_shape
         self.stored = pixels(case.images * case.groups, case.in_channels, *case.size)
         weight = (normal(*shape) / shape[2:].numel() ** 0.5).to(case.dtype)
         self.weight = weight.contiguous(memory_format=torch.channels_last) if case.channels_last_weight else weight
@@ -138,6 +152,65 @@ def by_torch(of: Arguments, dtype: torch.dtype) -> dict[str, Tensor]:
     return results
 
 
+def combined(counts: Tensor, means: Tensor, deviations: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance (G, C) of tiles' statistics, in float64."""
+    counts, means, deviations = counts.double()[:, :, None], means.double(), deviations.double()
+    count = counts.sum(1)
+    mean = (counts * means).sum(1) / count
+    return mean, (deviations + counts * (means - mean[:, None]).square()).sum(1) / count
+
+
+def check_against_torch(accuracy: Any, case: Case, device: torch.device, configuration: Configuration | None) -> None:
+    """All that the kernel computes of a case, by the tolerance rule of tests/conftest.py."""
+    of = Arguments(case, device)
+    exact, torchs = by_torch(of, torch.float64), by_torch(of, case.dtype)
+    arguments = (case.geometry, of.input, of.weight, of.bias)
+    plain = convolution.forward(*arguments, configuration=configuration)
+    output, *partial = convolution.forward_with_statistics(
+        *arguments, case.statistics_of_activation, case.slope, case.groups, configuration=configuration
+    )
+    assert torch.equal(plain, output)
+    ours = {"output": output}
+    groups_fit = case.input_kind != "stored" or case.gradient_kind != "stored" or case.groups == 1
+    if groups_fit:
+        grad, sums = convolution.backward_input(
+            case.geometry, of.gradient, of.weight, of.input, configuration=configuration
+        )
+        assert grad.is_contiguous(memory_format=torch.channels_last)
+        ours |= {"grad_input": grad}
+        if case.input_kind == "stored":
+            assert not sums.any()
+        else:
+            ours |= {"sum": sums[0], "sum_deviation": sums[1]}
+    for name, result in ours.items():
+        assert result.dtype is (torch.float32 if name.startswith("sum") else case.dtype)
+        accuracy.check(
+            name,
+            result,
+            exact[name],
+            torchs[name],
+            exact[name],
+            2.0 if name == "output" else 3.0,
+            terms(of, exact, name),
+        )
+
+    values = of.by_group(of.leaky(output.double()) if case.statistics_of_activation else output.double())
+    assert torch.equal(partial[0].sum(1), torch.full((case.groups,), values.shape[2], device=device))
+    mean, var = combined(*partial)
+    torch.testing.assert_close(mean, values.mean(2), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(var, values.var(2, unbiased=False), rtol=1e-5, atol=1e-6)
+
+
+def terms(of: Arguments, exact: dict[str, Tensor], name: str) -> Tensor:
+    """How large a result's summands are: a sum over pixels cancels."""
+    if name == "sum":
+        return of.by_group(exact["grad_input"].abs()).sum(2)
+    if name == "sum_deviation":
+        x = of.leaky(of.stored.double()) if of.case.input_kind == "kink_affine" else of.stored.double()
+        return of.by_group((exact["grad_input"] * (x - of.per_image(of.mean, torch.float64))).abs()).sum(2)
+    return exact[name]
+
+
 _OPTIONS: dict[str, tuple[Any, ...]] = {
     "dtype": (torch.float32, torch.bfloat16, torch.float16),
     "in_channels": (1, 3, 5, 16, 33),
@@ -167,3 +240,10 @@ def covering(count: int) -> list[Case]:
             # Images of a group of their own number, where there is more than one.
             cases.append(replace(case, images=1 if case.groups > 1 else 2))
     return cases
+
+
+LARGER = [  # several tiles each way, whole blocks and tails; each table of configurations
+    Case("3x3", torch.bfloat16, 80, 136, 1, 2, (11, 10), "affine_kink", "affine_kink"),
+    Case("4x4_stride2", torch.float16, 16, 64, 2, 1, (16, 18), "kink_affine", "kink_affine"),
+    Case("3x3", torch.float32, 40, 72, 1, 1, (12, 11), "affine_kink", "affine_kink"),
+]

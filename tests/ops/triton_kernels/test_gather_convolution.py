@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from convolution_cases import Arguments, Case, by_torch, covering
+from convolution_cases import LARGER, Arguments, Case, by_torch, check_against_torch, combined, covering
 from fences import fenced
 from gathers import CONVOLUTIONS
 from torch import Tensor
@@ -21,64 +21,6 @@ SMALL = Configuration(64, 32, 32, 4, 2, group_m=3)
 SMALLER = Configuration(32, 16, 16, 4, 2, group_m=1)
 
 
-def combined(counts: Tensor, means: Tensor, deviations: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance (G, C) of tiles' statistics, in float64."""
-    counts, means, deviations = counts.double()[:, :, None], means.double(), deviations.double()
-    count = counts.sum(1)
-    mean = (counts * means).sum(1) / count
-    return mean, (deviations + counts * (means - mean[:, None]).square()).sum(1) / count
-
-
-def check_against_torch(accuracy, case: Case, device: torch.device, configuration: Configuration | None) -> None:
-    of = Arguments(case, device)
-    exact, torchs = by_torch(of, torch.float64), by_torch(of, case.dtype)
-    arguments = (case.geometry, of.input, of.weight, of.bias)
-    plain = convolution.forward(*arguments, configuration=configuration)
-    output, *partial = convolution.forward_with_statistics(
-        *arguments, case.statistics_of_activation, case.slope, case.groups, configuration=configuration
-    )
-    assert torch.equal(plain, output)
-    ours = {"output": output}
-    groups_fit = case.input_kind != "stored" or case.gradient_kind != "stored" or case.groups == 1
-    if groups_fit:
-        grad, sums = convolution.backward_input(
-            case.geometry, of.gradient, of.weight, of.input, configuration=configuration
-        )
-        assert grad.is_contiguous(memory_format=torch.channels_last)
-        ours |= {"grad_input": grad}
-        if case.input_kind == "stored":
-            assert not sums.any()
-        else:
-            ours |= {"sum": sums[0], "sum_deviation": sums[1]}
-    for name, result in ours.items():
-        assert result.dtype is (torch.float32 if name.startswith("sum") else case.dtype)
-        accuracy.check(
-            name,
-            result,
-            exact[name],
-            torchs[name],
-            exact[name],
-            2.0 if name == "output" else 3.0,
-            terms(of, exact, name),
-        )
-
-    values = of.by_group(of.leaky(output.double()) if case.statistics_of_activation else output.double())
-    assert torch.equal(partial[0].sum(1), torch.full((case.groups,), values.shape[2], device=device))
-    mean, var = combined(*partial)
-    torch.testing.assert_close(mean, values.mean(2), rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(var, values.var(2, unbiased=False), rtol=1e-5, atol=1e-6)
-
-
-def terms(of: Arguments, exact: dict[str, Tensor], name: str) -> Tensor:
-    """How large a result's summands are: a sum over pixels cancels."""
-    if name == "sum":
-        return of.by_group(exact["grad_input"].abs()).sum(2)
-    if name == "sum_deviation":
-        x = of.leaky(of.stored.double()) if of.case.input_kind == "kink_affine" else of.stored.double()
-        return of.by_group((exact["grad_input"] * (x - of.per_image(of.mean, torch.float64))).abs()).sum(2)
-    return exact[name]
-
-
 @pytest.mark.parametrize("case", covering(1), ids=lambda case: case.convolution)
 def test_as_accurate_as_torch(accuracy, device, case):
     check_against_torch(accuracy, case, device, SMALL)
@@ -90,24 +32,11 @@ def test_as_accurate_as_torch_in_many_combinations(accuracy, device, case):
     check_against_torch(accuracy, case, device, SMALL if case.seed % 2 else SMALLER)
 
 
-LARGER = [  # several tiles each way, whole blocks and tails; each table of configurations
-    Case("3x3", torch.bfloat16, 80, 136, 1, 2, (11, 10), "affine_kink", "affine_kink"),
-    Case("4x4_stride2", torch.float16, 16, 64, 2, 1, (16, 18), "kink_affine", "kink_affine"),
-    Case("3x3", torch.float32, 40, 72, 1, 1, (12, 11), "affine_kink", "affine_kink"),
-]
-
-
-def of_case(case: Case, direction: str) -> list[Configuration]:
-    of = Arguments(case)
-    return convolution.configurations(case.geometry, of.weight.shape, of.stored.shape, case.dtype, direction)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("case", LARGER, ids=str)
 @pytest.mark.parametrize("index", range(8))
 def test_every_configuration_is_as_accurate_as_torch(accuracy, device, case, index):
-    for direction in ("forward", "backward_input"):
-        choices = of_case(case, direction)
+    for choices in case.configurations():
         if index < len(choices):
             check_against_torch(accuracy, case, device, choices[index])
 
@@ -286,13 +215,10 @@ def test_what_it_takes_and_what_not():
 
 
 @pytest.mark.parametrize("case", [*LARGER, *(replace(case, images=512, size=(64, 64)) for case in LARGER)], ids=str)
-@pytest.mark.parametrize("direction", ["forward", "backward_input"])
-def test_few_configurations_are_worth_measuring(case, direction):
-    weight = Arguments(replace(case, images=1, size=(4, 4))).weight
-    input = torch.Size((case.images * case.groups, case.in_channels, *case.size))
-    choices = convolution.configurations(case.geometry, weight.shape, input, case.dtype, direction)
-    assert 2 <= len(choices) <= 8
-    assert len(set(choices)) == len(choices)
+def test_few_configurations_are_worth_measuring(case):
+    for choices in case.configurations():
+        assert 2 <= len(choices) <= 8
+        assert len(set(choices)) == len(choices)
 
 
 def test_many_pixels_take_larger_tiles_than_few():

@@ -59,6 +59,12 @@ _TF32_NARROW: _Sizes = (
     (64, 64, 32, 4, 3),
     (64, 32, 32, 4, 4),
 )
+_SCATTERED: _Sizes = (  # channels that are read one at a time, each by an address of its own
+    (128, 32, 32, 8, 1),
+    (64, 64, 32, 8, 1),
+    (64, 32, 32, 8, 1),
+    (32, 32, 32, 4, 1),
+)
 _IEEE: _Sizes = ((64, 64, 16, 8, 2), (64, 32, 16, 4, 2), (32, 32, 16, 4, 2))
 
 
@@ -77,8 +83,12 @@ def configurations(
         dtype: of both.
         tf32: float32 values may be multiplied in TF32.
     """
-    if dtype is torch.float32:
-        table = (_TF32_WIDE if out_channels > 64 else _TF32_NARROW) if tf32 else _IEEE
+    if dtype is torch.float32 and not tf32:
+        table = _IEEE
+    elif in_channels % 16:
+        table = _SCATTERED
+    elif dtype is torch.float32:
+        table = _TF32_WIDE if out_channels > 64 else _TF32_NARROW
     else:
         table = _WIDE if out_channels > 64 else _NARROW
     fitted = (_fitted(Configuration(*sizes), most_taps, in_channels, out_channels) for sizes in table)
@@ -92,9 +102,4 @@ def _fitted(configuration: Configuration, most_taps: int, in_channels: int, out_
     """No larger than the product, no smaller than tl.dot takes."""
     block_n = max(min(configuration.block_n, triton.next_power_of_2(out_channels)), 16)
     block_k = max(min(configuration.block_k, triton.next_power_of_2(most_taps * in_channels)), 16)
-    if in_channels % 16 == 0:
-        return replace(configuration, block_n=block_n, block_k=block_k)
-    # One element is read at a time, by an address of its own: registers for 4096 of them are what a tile can have.
-    return replace(
-        configuration, block_n=block_n, block_m=min(configuration.block_m, 128), block_k=min(block_k, 32), num_warps=8
-    )
+    return replace(configuration, block_n=block_n, block_k=block_k)

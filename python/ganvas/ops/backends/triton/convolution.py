@@ -27,7 +27,8 @@ from ganvas.ops.convolution import Geometry
 from ganvas.ops.pending import Pending, PendingGradient
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_MOST_PIXELS = _MOST_VALUES = 2**31 - 1
+_MOST_PIXELS = 2**31 - 1024  # 31 bits hold the numbers of a tile that goes past the last of them
+_MOST_VALUES = 2**31 - 1
 
 
 def takes(geometry: Geometry, weight: Tensor, input_shape: torch.Size, dtype: torch.dtype) -> str | None:
@@ -61,9 +62,9 @@ def _refusal(geometry: Geometry, weight: torch.Size, input: torch.Size, dtype: t
     kernel = (weight[2], weight[3])
     gathers = (forward_gather(geometry, kernel), backward_gather(geometry, kernel))
     packed = max(gather.phases * gather.most_taps for gather in gathers) * input[1] * output[1]
-    spans = [max(shape[2], reach) * shape[3] * shape[1] for shape in (input, output)]
+    spans = [max(shape[2], reach) * (shape[3] + reach) * shape[1] for shape in (input, output)]
     if max(packed, *spans) > _MOST_VALUES:
-        return f"the Triton convolutions take images and weights of up to {_MOST_VALUES} values; got more"
+        return f"the Triton convolutions take padded images and weights of up to {_MOST_VALUES} values; got more"
     pixels = max(shape[0] * shape[2] * shape[3] for shape in (input, output))
     if pixels > _MOST_PIXELS:
         return f"the Triton convolutions take up to {_MOST_PIXELS} pixels; got {pixels}"

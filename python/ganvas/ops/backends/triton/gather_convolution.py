@@ -273,7 +273,7 @@ def _kernel(
     n += group * group_images
     first_y = y * in_stride_y + _unpacked(offsets_y, phase_y)
     first_x = x * in_stride_x + _unpacked(offsets_x, phase_x)
-    first = ((n * height + first_y) * width + first_x).to(tl.int64) * in_channels
+    first = ((n.to(tl.int64) * height + first_y) * width + first_x) * in_channels
     taps_y = _unpacked(tap_counts_y, phase_y)
     taps_x = _unpacked(tap_counts_x, phase_x)
 
@@ -339,8 +339,8 @@ def _kernel(
 
     if HAS_BIAS:
         total += tl.load(bias_ptr + k, is_written, 0.0).to(tl.float32)[None, :]
-    at_output = (n * out_height + y * out_stride_y + phase_y) * out_width + x * out_stride_x + phase_x
-    positions = at_output.to(tl.int64)[:, None] * out_channels + k[None, :]
+    line = n.to(tl.int64) * out_height + y * out_stride_y + phase_y
+    positions = ((line * out_width + x * out_stride_x + phase_x) * out_channels)[:, None] + k[None, :]
     is_output = is_pixel[:, None] & is_written[None, :]
     if OUTPUT == "gradient":
         of_group = group * out_channels + k

@@ -1,0 +1,105 @@
+"""The Triton convolutions compiled for GPUs that are not here: they fit, nothing spills, tensor cores multiply."""
+
+from __future__ import annotations
+
+import json
+from itertools import product
+
+import pytest
+import torch
+from ahead_of_time import CAPABILITIES, SHARED_MEMORY, compiled
+
+from ganvas.ops.backends.triton import convolution
+from ganvas.ops.convolution import Geometry
+from ganvas.ops.pending import Pending, PendingGradient
+
+STRIDE_2 = Geometry(stride=(2, 2), padding=(1, 1))
+LAYERS = {  # geometry, weight, batch, side of the input
+    "wide 3x3": (Geometry(padding=(1, 1)), (256, 256, 3, 3), 128, 16),
+    "narrow 3x3": (Geometry(padding=(1, 1)), (64, 64, 3, 3), 128, 32),
+    "narrower 3x3": (Geometry(padding=(1, 1)), (32, 16, 3, 3), 128, 32),
+    "transposed": (STRIDE_2._replace(transposed=True), (128, 64, 4, 4), 128, 16),
+    "to images": (STRIDE_2._replace(transposed=True), (64, 3, 4, 4), 128, 32),
+    "from images": (STRIDE_2, (64, 3, 4, 4), 128, 64),
+    "odd channels": (Geometry(padding=(1, 1)), (100, 33, 3, 3), 128, 16),
+}
+KINDS = ("forward", "forward_with_statistics", "backward_input")
+
+
+def launches(*cases: str) -> None:
+    """Called in another process (ahead_of_time.py)."""
+    for case in cases:
+        launch(**json.loads(case))
+
+
+def launch(
+    layer: str, dtype: str, kind: str, index: int | None, activation_first: bool = False, tf32: bool = True
+) -> None:
+    """The configuration ``index`` of those worth measuring, or what is taken without measuring."""
+    torch.backends.cudnn.allow_tf32 = tf32
+    geometry, weight_shape, batch, side = LAYERS[layer]
+    of_dtype = getattr(torch, dtype)
+
+    def pixels(shape: torch.Size) -> torch.Tensor:
+        return torch.empty(shape, dtype=of_dtype, device="meta", memory_format=torch.channels_last)
+
+    weight = torch.empty(weight_shape, dtype=of_dtype, device="meta", memory_format=torch.channels_last)
+    shape = torch.Size((batch, geometry.in_channels(weight.shape), side, side))
+    stored, grad = pixels(shape), pixels(geometry.output_shape(shape, weight.shape))
+    per_channel = torch.empty((1, shape[1]), device="meta")
+    pending = Pending(
+        stored, per_channel, per_channel, per_channel, negative_slope=0.2, activation_first=activation_first
+    )
+    choices = convolution.configurations(geometry, weight.shape, shape, of_dtype, kind)
+    configuration = None if index is None else choices[index]
+    if kind == "forward":
+        convolution.forward(
+            geometry, Pending(stored), weight, weight.new_empty(grad.shape[1]), configuration=configuration
+        )
+    elif kind == "forward_with_statistics":
+        arguments = (geometry, pending, weight, None, activation_first, 0.2, 1)
+        convolution.forward_with_statistics(*arguments, configuration=configuration)
+    else:
+        coefficients = [torch.empty((1, grad.shape[1]), device="meta") for _ in range(3)]
+        gradient = PendingGradient(grad, grad, *coefficients, 0.2, activation_first)
+        convolution.backward_input(geometry, gradient, weight, pending, configuration=configuration)
+
+
+def check(capability: int, cases: list[dict]) -> None:
+    kernels = compiled(__file__, "launches", capability, *map(json.dumps, cases))
+    assert kernels
+    for kernel in kernels:
+        assert kernel.shared <= SHARED_MEMORY[capability], kernel
+        assert kernel.spilled == 0, kernel
+        if cases[0]["dtype"] != "float32":
+            assert kernel.tensor_cores, kernel
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_the_heuristics_choice_fits(capability):
+    layers = ("wide 3x3", "narrow 3x3")
+    check(capability, [
+        {"layer": layer, "dtype": "bfloat16", "kind": kind, "index": None}
+        for layer, kind in zip(layers, KINDS[1:])
+    ])  # fmt: skip
+
+
+def number_of_configurations(layer: str, dtype: str, kind: str) -> int:
+    geometry, weight, batch, side = LAYERS[layer]
+    weight = torch.Size(weight)
+    shape = torch.Size((batch, geometry.in_channels(weight), side, side))
+    return len(convolution.configurations(geometry, weight, shape, getattr(torch, dtype), kind))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize(
+    ("dtype", "tf32"), [("bfloat16", True), ("float16", True), ("float32", True), ("float32", False)]
+)
+def test_every_configuration_fits(capability, layer, dtype):
+    tf32, dtype = dtype == "tf32", dtype.replace("tf32", "float32")
+    for kind, activation_first in product(KINDS, (False, True)):
+        count = number_of_configurations(layer, dtype, kind)
+        case = {"layer": layer, "dtype": dtype, "kind": kind, "activation_first": activation_first, "tf32": tf32}
+        check(capability, [case | {"index": index} for index in range(count)])
