@@ -21,8 +21,11 @@
 #include "cpu/winograd.h"
 #include "cpu/workspace.h"
 #if GANVAS_WITH_CUDA
+#include "cuda/batch_norm_leaky_relu.h"
 #include "cuda/device.h"
 #include "cuda/gan_loss.h"
+#include "cuda/max_pool.h"
+#include "cuda/statistics.h"
 #endif
 
 namespace py = pybind11;
@@ -59,11 +62,15 @@ void require_cpu_dtype(Dtype dtype) {
     require(dtype != Dtype::float16, "the CPU kernels take float32 and bfloat16; got float16");
 }
 
+void require_batch_norm_sizes(std::int64_t rows, std::int64_t channels, std::int64_t groups) {
+    require(rows >= 1 && channels >= 1, "rows and channels must be at least 1; got ", rows, " and ", channels);
+    require(groups >= 1 && rows % groups == 0, "groups must divide rows; got ", groups, " groups, ", rows, " rows");
+}
+
 BatchNormShape batch_norm_shape(Dtype dtype, std::int64_t rows, std::int64_t channels, std::int64_t groups, float eps,
                                 float negative_slope, bool activation_first) {
     require_cpu_dtype(dtype);
-    require(rows >= 1 && channels >= 1, "rows and channels must be at least 1; got ", rows, " and ", channels);
-    require(groups >= 1 && rows % groups == 0, "groups must divide rows; got ", groups, " groups, ", rows, " rows");
+    require_batch_norm_sizes(rows, channels, groups);
     return {dtype, rows, channels, groups, eps, negative_slope, activation_first};
 }
 
@@ -296,12 +303,17 @@ void settle_pending_gradient_(Dtype dtype, std::int64_t rows, std::int64_t chann
         threads);
 }
 
-MaxPoolShape max_pool_shape(Dtype dtype, const Strides& input_shape, std::int64_t groups) {
-    require_cpu_dtype(dtype);
+void require_max_pool_sizes(const Strides& input_shape, std::int64_t groups) {
     const auto [batch, channels, height, width] = input_shape;
     require(batch >= 1 && channels >= 1 && height >= 2 && width >= 2, "a map of at least 2×2 is pooled; got ", height,
             "×", width, ", batch ", batch, ", channels ", channels);
     require(groups >= 1 && batch % groups == 0, "groups must divide the batch; got ", groups, " groups, batch ", batch);
+}
+
+MaxPoolShape max_pool_shape(Dtype dtype, const Strides& input_shape, std::int64_t groups) {
+    require_cpu_dtype(dtype);
+    require_max_pool_sizes(input_shape, groups);
+    const auto [batch, channels, height, width] = input_shape;
     return {dtype, batch, height, width, channels, groups};
 }
 
@@ -412,6 +424,165 @@ void generator_loss_cuda_(Dtype dtype, GanLoss kind, Address fake, Address real,
                           pointer<void>(grad_real), pointer<void>(loss), pointer<void>(workspace)},
                          {device, pointer<void>(stream)});
 }
+
+void require_workspace(Address workspace, std::int64_t bytes, std::int64_t floats) {
+    if (floats == 0) return;
+    require_address("workspace", workspace, 4);
+    require(bytes >= 4 * floats, "workspace must hold ", 4 * floats, " bytes; got ", bytes);
+}
+
+cuda::BatchNormShape batch_norm_shape_cuda(Dtype dtype, std::int64_t rows, std::int64_t channels, std::int64_t groups,
+                                           float eps, float negative_slope, bool activation_first) {
+    require_batch_norm_sizes(rows, channels, groups);
+    return {dtype, rows, channels, groups, eps, negative_slope, activation_first};
+}
+
+std::int64_t batch_norm_workspace_cuda_(Dtype dtype, std::int64_t rows, std::int64_t channels, std::int64_t groups,
+                                        int device) {
+    const auto shape = batch_norm_shape_cuda(dtype, rows, channels, groups, 0.0f, 1.0f, false);
+    return 4 * cuda::batch_norm_workspace_floats(shape, device);
+}
+
+void batch_norm_leaky_relu_forward_cuda_(Dtype dtype, std::int64_t rows, std::int64_t channels, std::int64_t groups,
+                                         float eps, float negative_slope, bool activation_first, bool training,
+                                         Address input, Address weight, Address bias, Address mean, Address var,
+                                         Address running_mean, Address running_var, float momentum, Address residual,
+                                         Address output, Address workspace, std::int64_t workspace_bytes, int device,
+                                         Address stream) {
+    const auto shape = batch_norm_shape_cuda(dtype, rows, channels, groups, eps, negative_slope, activation_first);
+    for (Address address : {input, output}) require_address("input and output", address, element_size(dtype));
+    for (Address address : {mean, var}) require_address("mean and var", address, 4);
+    require((running_mean == 0) == (running_var == 0), "running_mean and running_var go together");
+    require(residual == 0 || !activation_first, "a residual is added before the activation, not after it");
+    require(residual % element_size(dtype) == 0, "residual must be aligned to ", element_size(dtype),
+            " bytes; got address ", residual);
+    if (training) require_workspace(workspace, workspace_bytes, cuda::batch_norm_workspace_floats(shape, device));
+    cuda::batch_norm_leaky_relu_forward(
+        {shape, pointer<void>(input), pointer<float>(weight), pointer<float>(bias), training, pointer<float>(mean),
+         pointer<float>(var), pointer<float>(running_mean), pointer<float>(running_var), momentum,
+         pointer<void>(residual), pointer<void>(output), pointer<float>(workspace)},
+        {device, pointer<void>(stream)});
+}
+
+void batch_norm_leaky_relu_backward_cuda_(Dtype dtype, std::int64_t rows, std::int64_t channels, std::int64_t groups,
+                                          float eps, float negative_slope, bool activation_first, bool training,
+                                          Address grad_output, Address output, Address input, Address weight,
+                                          Address bias, Address mean, Address var, Address grad_input,
+                                          Address grad_weight, Address grad_bias, Address grad_residual,
+                                          Address workspace, std::int64_t workspace_bytes, int device, Address stream) {
+    const auto shape = batch_norm_shape_cuda(dtype, rows, channels, groups, eps, negative_slope, activation_first);
+    for (Address address : {grad_output, input, grad_input})
+        require_address("input and gradients", address, element_size(dtype));
+    for (Address address : {mean, var, grad_weight, grad_bias}) require_address("per-channel values", address, 4);
+    require((output == 0) == (grad_residual == 0), "output and grad_residual go together");
+    if (grad_residual != 0) {
+        require(!activation_first, "a residual is added before the activation, not after it");
+        require(negative_slope >= 0, "a slope below 0 leaves no trace of the kink's side in the output; got ",
+                std::to_string(negative_slope));
+        for (Address address : {output, grad_residual})
+            require_address("output and grad_residual", address, element_size(dtype));
+    }
+    require_workspace(workspace, workspace_bytes, cuda::batch_norm_workspace_floats(shape, device));
+    cuda::batch_norm_leaky_relu_backward(
+        {shape, pointer<void>(grad_output), pointer<void>(input), pointer<float>(weight), pointer<float>(bias),
+         pointer<float>(mean), pointer<float>(var), training, pointer<void>(grad_input), pointer<float>(grad_weight),
+         pointer<float>(grad_bias), pointer<void>(output), pointer<void>(grad_residual), pointer<float>(workspace)},
+        {device, pointer<void>(stream)});
+}
+
+void settle_pending_gradient_cuda_(Dtype dtype, std::int64_t rows, std::int64_t channels, std::int64_t groups,
+                                   float eps, float negative_slope, bool activation_first, bool training, Address grad,
+                                   Address stored, Address weight, Address mean, Address var, Address sums,
+                                   Address grad_weight, Address grad_bias, int device, Address stream) {
+    const auto shape = batch_norm_shape_cuda(dtype, rows, channels, groups, eps, negative_slope, activation_first);
+    for (Address address : {grad, stored}) require_address("grad and stored", address, element_size(dtype));
+    for (Address address : {mean, var, sums, grad_weight, grad_bias}) require_address("per-channel values", address, 4);
+    cuda::settle_pending_gradient(
+        {shape, training, pointer<void>(grad), pointer<void>(stored), pointer<float>(weight), pointer<float>(mean),
+         pointer<float>(var), pointer<float>(sums), pointer<float>(grad_weight), pointer<float>(grad_bias)},
+        {device, pointer<void>(stream)});
+}
+
+std::int64_t finish_statistics_workspace_cuda_(std::int64_t groups, std::int64_t tiles, std::int64_t channels) {
+    require(groups >= 1 && tiles >= 1 && channels >= 1, "groups, tiles and channels must be at least 1; got ", groups,
+            ", ", tiles, " and ", channels);
+    return 4 * cuda::finish_workspace_floats(groups, tiles, channels);
+}
+
+void finish_statistics_cuda_(std::int64_t groups, std::int64_t tiles, std::int64_t channels, Address counts,
+                             Address means, Address deviations, Address weight, Address bias, float eps,
+                             Address running_mean, Address running_var, float momentum, Address mean, Address var,
+                             Address scale, Address shift, Address workspace, std::int64_t workspace_bytes, int device,
+                             Address stream) {
+    require_workspace(workspace, workspace_bytes, finish_statistics_workspace_cuda_(groups, tiles, channels) / 4);
+    for (Address address : {counts, means, deviations, mean, var, scale, shift})
+        require_address("statistics", address, 4);
+    require((running_mean == 0) == (running_var == 0), "running_mean and running_var go together");
+    cuda::finish_statistics(
+        {groups, tiles, channels, pointer<float>(counts), pointer<float>(means), pointer<float>(deviations),
+         pointer<float>(weight), pointer<float>(bias), eps, pointer<float>(running_mean), pointer<float>(running_var),
+         momentum, pointer<float>(mean), pointer<float>(var), pointer<float>(scale), pointer<float>(shift),
+         pointer<float>(workspace)},
+        {device, pointer<void>(stream)});
+}
+
+cuda::MaxPoolInput max_pool_input_cuda(Dtype dtype, const Strides& shape, std::int64_t groups, Address stored,
+                                       Address weight, Address bias, Address mean, Address var, float eps,
+                                       float negative_slope, bool activation_first) {
+    require_max_pool_sizes(shape, groups);
+    require_address("input", stored, element_size(dtype));
+    for (Address address : {mean, var}) require_address("mean and var", address, 4);
+    return {dtype,
+            shape[0],
+            shape[2],
+            shape[3],
+            shape[1],
+            groups,
+            pointer<void>(stored),
+            pointer<float>(weight),
+            pointer<float>(bias),
+            pointer<float>(mean),
+            pointer<float>(var),
+            eps,
+            negative_slope,
+            activation_first};
+}
+
+std::int64_t max_pool_workspace_cuda_(Dtype dtype, const Strides& shape, std::int64_t groups, int device) {
+    require_max_pool_sizes(shape, groups);
+    cuda::MaxPoolInput input{};
+    input.dtype = dtype, input.batch = shape[0], input.height = shape[2], input.width = shape[3];
+    input.channels = shape[1], input.groups = groups;
+    return 4 * cuda::max_pool_workspace_floats(input, device);
+}
+
+void max_pool_forward_cuda_(Dtype dtype, const Strides& input_shape, std::int64_t groups, Address input, Address weight,
+                            Address bias, Address mean, Address var, float eps, float negative_slope,
+                            bool activation_first, Address output, Address index, int device, Address stream) {
+    const auto pending = max_pool_input_cuda(dtype, input_shape, groups, input, weight, bias, mean, var, eps,
+                                             negative_slope, activation_first);
+    require_address("output", output, element_size(dtype));
+    require_address("index", index, 1);
+    cuda::max_pool_forward({pending, pointer<void>(output), pointer<std::uint8_t>(index)},
+                           {device, pointer<void>(stream)});
+}
+
+void max_pool_backward_cuda_(Dtype dtype, const Strides& input_shape, std::int64_t groups, Address input,
+                             Address weight, Address bias, Address mean, Address var, float eps, float negative_slope,
+                             bool activation_first, Address grad_output, Address index, bool training,
+                             Address grad_input, Address grad_weight, Address grad_bias, Address workspace,
+                             std::int64_t workspace_bytes, int device, Address stream) {
+    const auto pending = max_pool_input_cuda(dtype, input_shape, groups, input, weight, bias, mean, var, eps,
+                                             negative_slope, activation_first);
+    for (Address address : {grad_output, grad_input}) require_address("gradients", address, element_size(dtype));
+    for (Address address : {grad_weight, grad_bias}) require_address("per-channel values", address, 4);
+    require_address("index", index, 1);
+    require_workspace(workspace, workspace_bytes, cuda::max_pool_workspace_floats(pending, device));
+    cuda::max_pool_backward(
+        {pending, pointer<void>(grad_output), pointer<std::uint8_t>(index), training, pointer<void>(grad_input),
+         pointer<float>(grad_weight), pointer<float>(grad_bias), pointer<float>(workspace)},
+        {device, pointer<void>(stream)});
+}
 #endif
 
 py::dict build_info() {
@@ -469,6 +640,15 @@ PYBIND11_MODULE(_native, module, py::mod_gil_not_used()) {
     module.def("workspace_bytes_held", workspace_bytes_held, "scratch memory kept for later calls");
     module.def("release_workspace", release_workspace, "gives that memory back to the system");
 #if GANVAS_WITH_CUDA
+    module.def("batch_norm_workspace_cuda", batch_norm_workspace_cuda_);
+    module.def("batch_norm_leaky_relu_forward_cuda", batch_norm_leaky_relu_forward_cuda_, without_gil);
+    module.def("batch_norm_leaky_relu_backward_cuda", batch_norm_leaky_relu_backward_cuda_, without_gil);
+    module.def("settle_pending_gradient_cuda", settle_pending_gradient_cuda_, without_gil);
+    module.def("finish_statistics_workspace_cuda", finish_statistics_workspace_cuda_);
+    module.def("finish_statistics_cuda", finish_statistics_cuda_, without_gil);
+    module.def("max_pool_workspace_cuda", max_pool_workspace_cuda_);
+    module.def("max_pool_forward_cuda", max_pool_forward_cuda_, without_gil);
+    module.def("max_pool_backward_cuda", max_pool_backward_cuda_, without_gil);
     module.def("discriminator_loss_cuda", discriminator_loss_cuda_, without_gil);
     module.def("generator_loss_cuda", generator_loss_cuda_, without_gil);
     module.def("cuda_refusal", cuda::refusal, without_gil,

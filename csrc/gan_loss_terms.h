@@ -2,11 +2,7 @@
 // device. The losses and their sources: python/ganvas/ops/backends/reference/gan_loss.py.
 #pragma once
 
-#if defined(__CUDACC__)
-#define GANVAS_HOST_DEVICE __host__ __device__
-#else
-#define GANVAS_HOST_DEVICE
-#endif
+#include "host_device.h"
 
 namespace ganvas {
 

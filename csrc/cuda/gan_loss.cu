@@ -5,18 +5,15 @@
 #include "gan_loss.h"
 
 #include <cooperative_groups.h>
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <algorithm>
 
 #include "error.h"
+#include "vector.h"
 
 namespace ganvas::cuda {
 namespace {
-
-using Index = std::int64_t;
 
 constexpr int warp_size = 32;
 constexpr int threads = 512;
@@ -34,26 +31,6 @@ struct Math {
         return {fmaxf(x, 0.0f) + log1pf(e), x > 0.0f ? inverse : e * inverse};
     }
 };
-
-__device__ inline float load(const float* source) {
-    return *source;
-}
-__device__ inline float load(const __nv_bfloat16* source) {
-    return __bfloat162float(*source);
-}
-__device__ inline float load(const __half* source) {
-    return __half2float(*source);
-}
-
-__device__ inline void store(float* destination, float value) {
-    *destination = value;
-}
-__device__ inline void store(__nv_bfloat16* destination, float value) {
-    *destination = __float2bfloat16_rn(value);
-}
-__device__ inline void store(__half* destination, float value) {
-    *destination = __float2half_rn(value);
-}
 
 // A set of logits and the term of the loss that is averaged over it.
 template <class T>

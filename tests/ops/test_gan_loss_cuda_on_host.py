@@ -6,41 +6,18 @@ What only a GPU shows is in ``tests/gpu``.
 from __future__ import annotations
 
 import ctypes
-import mmap
-import os
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
+from kernels_on_host import DTYPES, FencedMemory, compiled, needs_compiler
 from torch import Tensor
 
 from ganvas.ops.backends import reference
 from ganvas.ops.gan_loss import KINDS
 
-HERE = Path(__file__).parent / "cuda_on_host"
-CSRC = Path(__file__).parents[2] / "csrc"
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]  # in the order of csrc/dtype.h
 CHUNK = 2048  # logits_per_chunk
 ONE_BLOCK = 8 * CHUNK  # chunks_for_one_block
-compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
-
-pytestmark = [
-    pytest.mark.skipif(compiler is None, reason="needs a C++ compiler"),
-    pytest.mark.skipif(not CSRC.is_dir(), reason="needs the source tree"),
-]
-
-
-def fenced(tensor: Tensor) -> Tensor:
-    """A copy at whose end memory ends: reading one element more is a segmentation fault."""
-    size = tensor.numel() * tensor.element_size()
-    pages = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
-    memory = mmap.mmap(-1, pages + mmap.PAGESIZE)
-    begin = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    no_access = 0
-    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(begin + pages), mmap.PAGESIZE, no_access) == 0
-    return torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=pages - size).copy_(tensor)
+pytestmark = needs_compiler
 
 
 class KernelOnHost:
@@ -48,14 +25,14 @@ class KernelOnHost:
 
     guard = 64  # elements on either side of each result
 
-    def __init__(self, library: Path) -> None:
-        self.library = ctypes.CDLL(str(library))
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self.library, self.memory = library, FencedMemory()
         for function in (self.library.discriminator_loss, self.library.generator_loss):
             function.restype = ctypes.c_char_p
 
     def discriminator(self, real: Tensor, fake: Tensor, kind: str, smoothing: float = 0.0) -> list[Tensor]:
         """Loss, its gradients, metrics."""
-        real, fake = fenced(real), fenced(fake)
+        real, fake = self.memory.copy(real), self.memory.copy(fake)
         results = self._results(real.dtype, real.numel(), fake.numel(), 1)
         results.append(self._results(torch.float32, 4)[0])
         grad_real, grad_fake, loss, metrics = [buffer[self.guard : -self.guard] for buffer in results]
@@ -72,7 +49,7 @@ class KernelOnHost:
 
     def generator(self, fake: Tensor, real: Tensor, kind: str) -> list[Tensor]:
         """Loss and its gradients."""
-        fake, real = fenced(fake), fenced(real)
+        fake, real = self.memory.copy(fake), self.memory.copy(real)
         results = self._results(fake.dtype, fake.numel(), real.numel(), 1)
         grad_fake, grad_real, loss = [buffer[self.guard : -self.guard] for buffer in results]
         pairs = kind == "relativistic"
@@ -115,23 +92,7 @@ class KernelOnHost:
 
 @pytest.fixture(scope="module")
 def kernel(tmp_path_factory) -> KernelOnHost:
-    library = tmp_path_factory.mktemp("cuda_on_host") / "libgan_loss.so"
-    command = [
-        compiler,
-        "-std=c++20",
-        "-O1",
-        "-shared",
-        "-fPIC",
-        "-pthread",
-        "-Wno-unknown-pragmas",
-        "-I",
-        HERE,
-        "-I",
-        CSRC,
-    ]
-    done = subprocess.run([*command, HERE / "gan_loss.cpp", "-o", library], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return KernelOnHost(library)
+    return KernelOnHost(compiled(tmp_path_factory.mktemp("cuda_on_host"), "gan_loss"))
 
 
 def value_and_gradients(loss_of, *logits):

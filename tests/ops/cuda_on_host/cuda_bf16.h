@@ -21,3 +21,7 @@ inline __nv_bfloat16 __float2bfloat16_rn(float value) {
     if (value != value) return {0x7FFF};
     return {static_cast<std::uint16_t>((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16)};
 }
+
+inline unsigned short __bfloat16_as_ushort(__nv_bfloat16 value) {
+    return value.bits;
+}

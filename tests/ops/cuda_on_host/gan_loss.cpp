@@ -1,33 +1,14 @@
 // csrc/cuda/gan_loss.cu for the processor, as C functions: each returns an error's text, empty if there was none.
-#include <exception>
-#include <string>
-
 #include "cuda/gan_loss.cu"
 #include "gan_loss_terms.cpp"
-
-namespace {
-
-std::string message;
-
-template <class Call>
-const char* message_of(Call call) {
-    message.clear();
-    try {
-        call();
-    } catch (const std::exception& error) {
-        message = error.what();
-    }
-    return message.c_str();
-}
-
-}  // namespace
+#include "imagined_gpu.h"
 
 extern "C" {
 
 const char* discriminator_loss(int dtype, int kind, float label_smoothing, const void* real, std::int64_t real_count,
                                const void* fake, std::int64_t fake_count, void* grad_real, void* grad_fake, void* loss,
                                float* metrics, void* workspace) {
-    return message_of([=] {
+    return on_host::message_of([=] {
         ganvas::cuda::discriminator_loss(
             {static_cast<ganvas::Dtype>(dtype), static_cast<ganvas::GanLoss>(kind), label_smoothing, real, fake,
              real_count, fake_count, grad_real, grad_fake, loss, metrics, workspace},
@@ -37,7 +18,7 @@ const char* discriminator_loss(int dtype, int kind, float label_smoothing, const
 
 const char* generator_loss(int dtype, int kind, const void* fake, const void* real, std::int64_t count, void* grad_fake,
                            void* grad_real, void* loss, void* workspace) {
-    return message_of([=] {
+    return on_host::message_of([=] {
         ganvas::cuda::generator_loss({static_cast<ganvas::Dtype>(dtype), static_cast<ganvas::GanLoss>(kind), fake, real,
                                       count, grad_fake, grad_real, loss, workspace},
                                      {0, nullptr});
@@ -46,21 +27,5 @@ const char* generator_loss(int dtype, int kind, const void* fake, const void* re
 
 std::int64_t workspace_bytes() {
     return ganvas::cuda::gan_loss_workspace_bytes;
-}
-
-int launches() {
-    return on_host::launches;
-}
-
-unsigned last_grid() {
-    return on_host::last_grid;
-}
-
-void set_multiprocessors(int count) {
-    on_host::multiprocessors = count;
-}
-
-void fail_next_launch() {
-    on_host::next_error = cudaErrorCooperativeLaunchTooLarge;
 }
 }

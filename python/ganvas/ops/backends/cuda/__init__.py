@@ -15,7 +15,7 @@ except ImportError as error:  # a source tree that was not built
 else:
     MISSING = ""
     if native.build_info()["cuda"]:
-        from ganvas.ops.backends.cuda import gan_loss
+        from ganvas.ops.backends.cuda import batch_norm_leaky_relu, gan_loss
     else:
         MISSING = "ganvas was built without CUDA kernels (no nvcc found, or GANVAS_CUDA=OFF)"
 
@@ -59,4 +59,4 @@ def _ask_device(index: int) -> str | None:
     return f"CUDA refuses the kernels: {refusal}" if refusal else None
 
 
-__all__ = ["MISSING", "can_run", "gan_loss"]
+__all__ = ["MISSING", "batch_norm_leaky_relu", "can_run", "gan_loss"]

@@ -7,14 +7,10 @@ from torch import Tensor
 
 from ganvas import _native as native
 from ganvas.ops.backends.arguments import address
+from ganvas.ops.backends.cuda.arguments import dtype_of, enqueue, workspace
 from ganvas.ops.schemas import library
 
 _KINDS = {kind.name: kind for kind in native.GanLoss}
-_DTYPES = {
-    torch.float32: native.Dtype.float32,
-    torch.bfloat16: native.Dtype.bfloat16,
-    torch.float16: native.Dtype.float16,
-}
 
 
 def discriminator_loss(
@@ -27,13 +23,12 @@ def discriminator_loss(
     real, fake = real_logits.contiguous(), fake_logits.contiguous()
     grad_real, grad_fake = torch.empty_like(real), torch.empty_like(fake)
     loss, metrics = real.new_empty(()), real.new_empty((4,), dtype=torch.float32)
-    workspace = _workspace(real)
-    with torch.cuda.device_of(real):
-        native.discriminator_loss_cuda(
-            _DTYPES[real.dtype], _KINDS[kind], label_smoothing, real.data_ptr(), real.numel(), fake.data_ptr(),
-            fake.numel(), grad_real.data_ptr(), grad_fake.data_ptr(), loss.data_ptr(), metrics.data_ptr(),
-            workspace.data_ptr(), real.device.index, torch.cuda.current_stream(real.device).cuda_stream,
-        )  # fmt: skip
+    scratch = workspace(real, native.GAN_LOSS_WORKSPACE_BYTES)
+    enqueue(
+        native.discriminator_loss_cuda, real, dtype_of(real), _KINDS[kind], label_smoothing, real.data_ptr(),
+        real.numel(), fake.data_ptr(), fake.numel(), grad_real.data_ptr(), grad_fake.data_ptr(), loss.data_ptr(),
+        metrics.data_ptr(), address(scratch),
+    )  # fmt: skip
     return loss, grad_real, grad_fake, metrics
 
 
@@ -43,19 +38,12 @@ def generator_loss(fake_logits: Tensor, real_logits: Tensor | None, kind: str) -
     real = None if real_logits is None else real_logits.contiguous()
     grad_fake = torch.empty_like(fake)
     grad_real = None if real is None else torch.empty_like(real)
-    loss, workspace = fake.new_empty(()), _workspace(fake)
-    with torch.cuda.device_of(fake):
-        native.generator_loss_cuda(
-            _DTYPES[fake.dtype], _KINDS[kind], fake.data_ptr(), address(real), fake.numel(), grad_fake.data_ptr(),
-            address(grad_real), loss.data_ptr(), workspace.data_ptr(), fake.device.index,
-            torch.cuda.current_stream(fake.device).cuda_stream,
-        )  # fmt: skip
+    loss, scratch = fake.new_empty(()), workspace(fake, native.GAN_LOSS_WORKSPACE_BYTES)
+    enqueue(
+        native.generator_loss_cuda, fake, dtype_of(fake), _KINDS[kind], fake.data_ptr(), address(real), fake.numel(),
+        grad_fake.data_ptr(), address(grad_real), loss.data_ptr(), address(scratch),
+    )  # fmt: skip
     return loss, grad_fake, fake.new_empty((0,)) if grad_real is None else grad_real
-
-
-def _workspace(logits: Tensor) -> Tensor:
-    """Scratch of the launch. Freed on return: whoever is given the memory next is behind the kernel on the stream."""
-    return logits.new_empty((native.GAN_LOSS_WORKSPACE_BYTES,), dtype=torch.uint8)
 
 
 library.impl("discriminator_loss", discriminator_loss, "CUDA")

@@ -1,0 +1,44 @@
+// What every library of kernels for the processor offers beside them. Included once in each.
+#pragma once
+
+#include <exception>
+#include <string>
+
+#include "cuda_runtime.h"
+
+namespace on_host {
+
+inline std::string message;
+
+// The text of the error that `call` throws, empty if there was none.
+template <class Call>
+const char* message_of(Call call) {
+    message.clear();
+    try {
+        call();
+    } catch (const std::exception& error) {
+        message = error.what();
+    }
+    return message.c_str();
+}
+
+}  // namespace on_host
+
+extern "C" {
+
+inline __attribute__((used)) int launches() {
+    return on_host::launches;
+}
+
+inline __attribute__((used)) unsigned last_grid() {
+    return on_host::last_grid;
+}
+
+inline __attribute__((used)) void set_multiprocessors(int count) {
+    on_host::multiprocessors = count;
+}
+
+inline __attribute__((used)) void fail_next_launch() {
+    on_host::next_error = cudaErrorCooperativeLaunchTooLarge;
+}
+}
