@@ -91,6 +91,14 @@ void batch_norm_leaky_relu_forward_(Dtype dtype, std::int64_t rows, std::int64_t
                                   threads);
 }
 
+void batch_norm_coefficients_(std::int64_t channels, std::int64_t groups, float eps, Address weight, Address bias,
+                              Address mean, Address var, Address scale, Address shift) {
+    require(channels >= 1 && groups >= 1, "channels and groups must be at least 1; got ", channels, " and ", groups);
+    for (Address address : {mean, var, scale, shift}) require_address("statistics", address, 4);
+    batch_norm_coefficients({channels, groups, eps, pointer<float>(weight), pointer<float>(bias), pointer<float>(mean),
+                             pointer<float>(var), pointer<float>(scale), pointer<float>(shift)});
+}
+
 void batch_norm_add_leaky_relu_forward_(Dtype dtype, std::int64_t rows, std::int64_t channels, std::int64_t groups,
                                         float eps, float negative_slope, bool training, Address input, Address weight,
                                         Address bias, Address mean, Address var, Address running_mean,
@@ -618,6 +626,7 @@ PYBIND11_MODULE(_native, module, py::mod_gil_not_used()) {
         .value("relativistic", GanLoss::relativistic)
         .finalize();
     const auto without_gil = py::call_guard<py::gil_scoped_release>();
+    module.def("batch_norm_coefficients", batch_norm_coefficients_, without_gil);
     module.def("batch_norm_leaky_relu_forward", batch_norm_leaky_relu_forward_, without_gil);
     module.def("batch_norm_leaky_relu_backward", batch_norm_leaky_relu_backward_, without_gil);
     module.def("batch_norm_add_leaky_relu_forward", batch_norm_add_leaky_relu_forward_, without_gil);

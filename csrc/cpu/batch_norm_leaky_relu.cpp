@@ -2,6 +2,7 @@
 #include "batch_norm_leaky_relu.h"
 
 #include <algorithm>
+#include <cmath>
 #include <memory>
 
 #include "parallel.h"
@@ -34,6 +35,17 @@ struct Workspace : BatchNormWorkspace {
 };
 
 }  // namespace
+
+void batch_norm_coefficients(const BatchNormCoefficients& args) {
+    for (std::int64_t group = 0; group < args.groups; ++group) {
+        for (std::int64_t c = 0; c < args.channels; ++c) {
+            const std::int64_t at = group * args.channels + c;
+            const double deviation = std::sqrt(static_cast<double>(args.var[at]) + static_cast<double>(args.eps));
+            args.scale[at] = (args.weight ? args.weight[c] : 1.0f) * static_cast<float>(1.0 / deviation);
+            args.shift[at] = (args.bias ? args.bias[c] : 0.0f) - args.mean[at] * args.scale[at];
+        }
+    }
+}
 
 void batch_norm_leaky_relu_forward(const BatchNormForward& args, int threads) {
     const Workspace workspace(args.shape, (args.training ? 3 : 2) + (args.residual ? 1 : 0), threads);

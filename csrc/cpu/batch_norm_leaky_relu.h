@@ -61,6 +61,19 @@ struct BatchNormBackward {
     void* grad_residual;  // [rows, C]; null without a residual
 };
 
+// What statistics that are given make of a norm: one row of channels for each group.
+struct BatchNormCoefficients {
+    std::int64_t channels, groups;
+    float eps;
+    const float* weight;  // [C] or null: 1
+    const float* bias;    // [C] or null: 0
+    const float* mean;    // [G, C]
+    const float* var;     // [G, C]
+    float* scale;         // [G, C]
+    float* shift;         // [G, C]
+};
+
+void batch_norm_coefficients(const BatchNormCoefficients& args);
 void batch_norm_leaky_relu_forward(const BatchNormForward& args, int threads);
 void batch_norm_leaky_relu_backward(const BatchNormBackward& args, int threads);
 

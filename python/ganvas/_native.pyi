@@ -25,6 +25,18 @@ class BuildInfo(TypedDict):
     cpu_isas: list[str]
     cuda: str
 
+def batch_norm_coefficients(
+    channels: int,
+    groups: int,
+    eps: float,
+    weight: int,
+    bias: int,
+    mean: int,
+    var: int,
+    scale: int,
+    shift: int,
+    /,
+) -> None: ...
 def batch_norm_leaky_relu_forward(
     dtype: Dtype,
     rows: int,

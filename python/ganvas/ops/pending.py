@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ganvas.ops.backends.arguments import float32
+from ganvas.ops.backends.arguments import address, float32
+
+try:
+    from ganvas import _native as native
+except ImportError:  # then no activation stays pending on a CPU
+    native = None  # type: ignore[assignment]
 
 
 class Pending(NamedTuple):
@@ -65,10 +71,7 @@ def fixed(
 ) -> Pending:
     """A pending activation whose statistics are given, or which has none."""
     if mean is None or var is None:
-        zeros, ones = (
-            torch.full((groups, stored.shape[1]), value, dtype=torch.float32, device=stored.device)
-            for value in (0.0, 1.0)
-        )
+        zeros, ones = _constants(groups, stored.shape[1], stored.device)
         return Pending(
             stored, ones, zeros, zeros, ones, negative_slope=negative_slope, activation_first=activation_first,
             normalised=False,
@@ -78,6 +81,21 @@ def fixed(
         stored, weight, bias, mean.float().expand(groups, channels).contiguous(),
         var.float().expand(groups, channels).contiguous(), eps, negative_slope, activation_first, False,
     )  # fmt: skip
+
+
+def _constants(groups: int, channels: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Zeros and ones, (G, C) float32. On a GPU they are made anew: memory of a graph is the graph's."""
+    make = _kept_constants if device.type == "cpu" else _kept_constants.__wrapped__
+    return make(groups, channels, device)
+
+
+@lru_cache
+def _kept_constants(groups: int, channels: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    with torch.inference_mode(False):  # or autograd could not save them
+        zeros, ones = (
+            torch.full((groups, channels), value, dtype=torch.float32, device=device) for value in (0.0, 1.0)
+        )
+    return zeros, ones
 
 
 def with_statistics(
@@ -93,10 +111,24 @@ def with_statistics(
 ) -> Pending:
     """Scale and shift from statistics that another kernel took."""
     weight, bias = float32(weight), float32(bias)
-    scale = (var.double() + eps).rsqrt().float()
-    if weight is not None:
-        scale = scale * weight
-    shift = -mean * scale if bias is None else bias - mean * scale
+    scale, shift = _coefficients(weight, bias, mean, var, eps)
     return Pending(
         stored, scale, shift, mean, var, weight, bias, eps, negative_slope, activation_first, batch_statistics
     )
+
+
+def _coefficients(
+    weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Scale and shift, (G, C) float32."""
+    if mean.is_cpu:
+        scale, shift = torch.empty((2, *mean.shape), dtype=torch.float32, device="cpu")
+        native.batch_norm_coefficients(
+            mean.shape[1], mean.shape[0], eps, address(weight), address(bias), mean.data_ptr(), var.data_ptr(),
+            scale.data_ptr(), shift.data_ptr(),
+        )  # fmt: skip
+        return scale, shift
+    scale = (var.double() + eps).rsqrt().float()
+    if weight is not None:
+        scale = scale * weight
+    return scale, -mean * scale if bias is None else bias - mean * scale
