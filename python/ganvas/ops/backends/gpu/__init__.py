@@ -12,6 +12,28 @@ from ganvas.ops.backends import cuda
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 if not cuda.MISSING:
-    from ganvas.ops.backends.cuda import gan_loss
+    from ganvas.ops.backends.cuda import batch_norm_leaky_relu, gan_loss
+    from ganvas.ops.backends.cuda.max_pool import max_pool, max_pool_backward
+    from ganvas.ops.backends.cuda.pending import (
+        activate,
+        activate_add,
+        activate_add_backward,
+        activate_backward,
+        settle,
+    )
+    from ganvas.ops.backends.gpu.convolution import chosen_convolution, native_convolution
 
-__all__ = ["DTYPES", "gan_loss"]
+__all__ = [
+    "DTYPES",
+    "activate",
+    "activate_add",
+    "activate_add_backward",
+    "activate_backward",
+    "batch_norm_leaky_relu",
+    "chosen_convolution",
+    "gan_loss",
+    "max_pool",
+    "max_pool_backward",
+    "native_convolution",
+    "settle",
+]
