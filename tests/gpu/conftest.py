@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))  # for chains.py
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -196,7 +196,7 @@ class Rounded(torch.autograd.Function):
     @staticmethod
     def forward(ctx, values: Tensor, error: float) -> Tensor:  # type: ignore[override]
         ctx.error = error
-        return values + error * values.square().mean().sqrt() * Rounded.noise(values.shape)
+        return values + error * values.square().mean().sqrt() * Rounded.noise(values)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
@@ -204,11 +204,12 @@ class Rounded(torch.autograd.Function):
             return grad, None
         shift = grad.abs().mean((0, 2, 3), keepdim=True) * torch.finfo(torch.float32).eps
         size = ctx.error * grad.square().mean().sqrt()
-        return grad + size * Rounded.noise(grad.shape) + shift * Rounded.noise(shift.shape), None
+        return grad + size * Rounded.noise(grad) + shift * Rounded.noise(shift), None
 
     @staticmethod
-    def noise(shape: torch.Size) -> Tensor:
-        return torch.randn(shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    def noise(like: Tensor) -> Tensor:
+        noise = torch.randn(like.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+        return noise.to(like.device)
 
 
 def everything(
@@ -221,7 +222,8 @@ def everything(
         residual = residual.detach().clone().requires_grad_()
     output = function(input, layers, groups, residual)
     generator = torch.Generator().manual_seed(1)
-    output.backward(torch.randn(output.shape, generator=generator).to(layers[0].weight.dtype).to(output.dtype))
+    grad = torch.randn(output.shape, generator=generator).to(layers[0].weight.dtype).to(output)
+    output.backward(grad)
     results = {"output": output.detach(), "grad of input": input.grad}
     if residual is not None:
         results["grad of residual"] = residual.grad
@@ -272,7 +274,7 @@ def compare_with_torch(accuracy, chain: Chain) -> None:
     chosen, torchs_chosen = choices_of_chain(input, *arguments), choices_of_plain(input, *arguments)
     ours_exact, torchs_exact = exact(chosen, 0.0), exact(torchs_chosen, 0.0)
     rounding = GROWTH * torch.finfo(torch.float32).eps
-    if dtype is torch.bfloat16:
+    if dtype is not torch.float32:
         rounding += torch.finfo(dtype).eps / 2
     rounded = exact(chosen, rounding)
     for name, result in ours.items():
