@@ -15,6 +15,7 @@ from ganvas.cli.output import say, say_pairs, say_table
 
 # An input of each operation as training gives it: feature maps, logits.
 _EXAMPLES = {
+    "conv_bn_leaky_relu": (2, 8, 4, 4),
     "batch_norm_leaky_relu": (2, 8, 4, 4),
     "discriminator_loss": (8,),
     "generator_loss": (8,),
