@@ -60,7 +60,6 @@ _TF32_NARROW: _Sizes = (
     (64, 32, 32, 4, 4),
 )
 _SCATTERED: _Sizes = (  # channels that are read one at a time, each by an address of its own
-    (128, 32, 32, 8, 1),
     (64, 64, 32, 8, 1),
     (64, 32, 32, 8, 1),
     (32, 32, 32, 4, 1),
