@@ -19,6 +19,7 @@ from training_helpers import Recorder, SignalAt, assert_same_results, results
 
 from ganvas.data import Augmentation, BatchLoader
 from ganvas.training import Interrupted
+from ganvas.training.averages import Averages
 from ganvas.training.gan_steps import AveragedGenerator
 from ganvas.training.run_folder import RunFolder
 from ganvas.training.step_graph import WARM_UP_STEPS, CudaRecorder, StepGraph, cuda_recorder
@@ -218,6 +219,15 @@ def test_averaged_generator_is_that_of_the_cpu_and_nothing_is_read_back():
             averages[1].update_parameters(other)
     for ours, theirs in zip(averages[0].state_dict().values(), averages[1].state_dict().values()):
         torch.testing.assert_close(theirs.cpu(), ours)
+
+
+def test_averages_of_a_resumed_run_may_lie_on_both_devices():
+    averages = Averages()
+    averages.load_state_dict(
+        {"sums": {"a": torch.tensor(3.0).double(), "b": torch.tensor(1.0).double()}, "counts": {"a": 3, "b": 1}}
+    )
+    averages.add({"a": torch.tensor(5.0, device="cuda")})
+    assert averages.read_and_reset() == (4, {"a": 2.0, "b": 1.0})
 
 
 def test_model_that_draws_on_the_cpu_is_not_recorded(tmp_path, recordings):

@@ -11,7 +11,7 @@ from torch import Tensor
 pytest.importorskip("ganvas._native")
 pytest.importorskip("triton")
 
-from ganvas.ops import tuning
+from ganvas.ops import steps_on_gpu, tuning
 from ganvas.ops.backends.gpu import convolution, measure
 from ganvas.ops.convolution import Geometry
 
@@ -48,6 +48,14 @@ def not_finite() -> tuple[Tensor, ...]:
     return (torch.linspace(-1, 1, 64).index_fill(0, torch.tensor([3]), float("nan")),)
 
 
+def not_finite_in_the_second() -> tuple[Tensor, ...]:
+    return *right(), *not_finite()
+
+
+def right_twice() -> tuple[Tensor, ...]:
+    return *right(), *right()
+
+
 def out_of_memory() -> tuple[Tensor, ...]:
     raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -81,6 +89,10 @@ def test_what_is_wrong_or_fails_is_left_out_and_named(times, caplog, bad, messag
     assert [record.message for record in caplog.records] == [caplog.records[0].message]
     assert caplog.records[0].message.startswith("bad of Case(")
     assert message in caplog.text
+
+
+def test_every_result_has_to_be_finite(times):
+    assert measure.fastest(CASE, {"bad": not_finite_in_the_second}, right_twice, CPU).native_ms is None
 
 
 def test_where_nothing_is_right_torch_runs(times):
@@ -201,3 +213,22 @@ def test_what_triton_does_not_take_is_torchs(measured):
 )
 def test_names(geometry, size, name):
     assert convolution._name(geometry, torch.Size((1, 1, *size))) == name
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("op", steps_on_gpu.steps_on_gpu)
+def test_a_step_is_measured_in_whatever_mode_an_op_is_called_first(monkeypatch, tmp_path, op, mode):
+    monkeypatch.setenv("GANVAS_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(tuning, "_remembered", {})
+    monkeypatch.setattr(steps_on_gpu, "device_name", lambda index: "imagined")
+    with mode():
+        step = steps_on_gpu.steps_on_gpu[op](torch.randn(6, 8, 4, 4))
+
+        def measured() -> tuning.Entry:
+            _, torchs = step.ways()
+            output, *grads = torchs()
+            assert grads
+            assert all(result.isfinite().all() for result in (output, *grads))
+            return tuning.Entry(step.case, 1.0, 2.0)
+
+        assert tuning.remembered(step.case, measured).native

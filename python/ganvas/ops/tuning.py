@@ -132,12 +132,13 @@ def measured(case: Case, candidates: Candidates) -> Entry:
 
 
 def remembered(case: Case, measure: Callable[[], Entry]) -> Entry:
-    """The same, by a way of measuring that is called without gradients and without autocast."""
+    """The same, by a way of measuring that is called without gradients, without autocast and out of inference mode."""
     with _lock:
         entry = _remembered.get(case) or _read_leniently().get(case)
         if entry is None:
             device = "cpu" if case.device == "cpu" else "cuda"
-            with torch.no_grad(), torch.autocast(device, enabled=False):
+            # What is measured may be a backward pass, which tensors of inference mode do not have.
+            with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
                 entry = _write(measure())
         _remembered[case] = entry
         return entry

@@ -33,7 +33,9 @@ class Averages:
         """(steps, mean by name) since the last call."""
         if not self._sums:
             return 0, {}
-        totals = torch.stack(list(self._sums.values())).tolist()
+        # After a resume the totals that nothing was added to are still on the CPU.
+        device = max((total.device for total in self._sums.values()), key=lambda device: device.type != "cpu")
+        totals = torch.stack([total.to(device) for total in self._sums.values()]).tolist()
         means = {name: total / count for (name, count), total in zip(self._counts.items(), totals)}
         steps = max(self._counts.values())
         self._sums, self._counts = {}, {}

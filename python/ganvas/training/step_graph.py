@@ -245,7 +245,7 @@ class CudaRecorder:
             # The outer blocks put back what torch.cuda.graph does not if ending the capture fails, the current stream.
             # "thread_local": a DataLoader's thread may pin memory meanwhile.
             with (
-                torch.cuda.device(self._device),
+                torch.cuda.device(self._stream.device),
                 torch.cuda.stream(torch.cuda.current_stream(self._device)),
                 torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
             ):
@@ -261,9 +261,11 @@ class CudaRecorder:
         return outputs, graph.replay
 
     def _new_graph(self) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
-        for generator in self._own_generators:  # torch's global one is in every graph
-            graph.register_generator_state(generator)
+        # A generator gets its state of graphs on the device that is current.
+        with torch.cuda.device(self._stream.device):
+            graph = torch.cuda.CUDAGraph()
+            for generator in self._own_generators:  # torch's global one is in every graph
+                graph.register_generator_state(generator)
         return graph
 
     def _clean_up(self) -> None:
