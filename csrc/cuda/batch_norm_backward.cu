@@ -59,16 +59,14 @@ __device__ void add_slice(const PassArgs<T>& args, const Place& place, Index gro
     };
     walk<unroll, false>(
         tiling, place, group,
-        [&](Index offset, Index stride) {
+        [&](Index offset, Index stride, int present) {
             Vector<T> grad[unroll], x[unroll], output[unroll];
+            load_batch(args.grad_output + offset, stride, present, grad);
+            load_batch(args.input + offset, stride, present, x);
+            if constexpr (form == Form::bn_add_act) load_batch(args.output + offset, stride, present, output);
 #pragma unroll
             for (int u = 0; u < unroll; ++u) {
-                grad[u] = load_vector(args.grad_output + offset + u * stride);
-                x[u] = load_vector(args.input + offset + u * stride);
-                if constexpr (form == Form::bn_add_act) output[u] = load_vector(args.output + offset + u * stride);
-            }
-#pragma unroll
-            for (int u = 0; u < unroll; ++u) {
+                if (u >= present) break;
                 add(grad[u], x[u], output[u], lanes);
                 if constexpr (form == Form::bn_add_act) store_vector(args.grad_residual + offset + u * stride, grad[u]);
             }
@@ -120,16 +118,13 @@ __device__ void write_slice(const PassArgs<T>& args, const Place& place, Index g
     };
     walk<unroll, true>(
         tiling, place, group,
-        [&](Index offset, Index stride) {
+        [&](Index offset, Index stride, int present) {
             Vector<T> grad[unroll], x[unroll];
-#pragma unroll
-            for (int u = 0; u < unroll; ++u) {
-                grad[u] = load_vector(args.last_grad + offset + u * stride);
-                x[u] = load_vector(args.input + offset + u * stride);
-            }
+            load_batch(args.last_grad + offset, stride, present, grad);
+            load_batch(args.input + offset, stride, present, x);
 #pragma unroll
             for (int u = 0; u < unroll; ++u)
-                store_vector(args.grad_input + offset + u * stride, gradient(grad[u], x[u]));
+                if (u < present) store_vector(args.grad_input + offset + u * stride, gradient(grad[u], x[u]));
         },
         [&](Index offset, int count) {
             const Vector<T> grad = load_part(args.last_grad + offset, count, tiling.access);
@@ -289,7 +284,7 @@ std::int64_t batch_norm_workspace_floats(const BatchNormShape& shape, int device
     const int processors = multiprocessors("batch_norm_workspace", {device, nullptr});
     Tiling tiling = tiling_of(shape, {});
     if (take_whole_columns(tiling, processors)) return 0;
-    cut(tiling, statistics_unroll, processors * statistics_blocks);
+    cut(tiling, statistics_unroll(element_bytes(shape.dtype)), processors * statistics_blocks);
     const Index of_statistics = shape.groups * tiles_of(tiling) * (2 * shape.channels + 1);
     const Index joined = finish_workspace_floats(shape.groups, tiles_of(tiling), shape.channels);
     cut(tiling, few_unroll, processors * backward_blocks);  // at least as many tiles as without a residual

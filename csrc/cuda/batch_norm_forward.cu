@@ -27,7 +27,7 @@ __device__ float origin_of(const T* input, const Tiling& tiling, Index group, In
 template <bool activation_first, class T>
 struct Moments {
     static constexpr int lanes = Vector<T>::lanes;
-    static constexpr int unroll = statistics_unroll;
+    static constexpr int unroll = statistics_unroll(sizeof(T));
 
     Leaky leaky;
     float origin[lanes] = {};
@@ -49,27 +49,40 @@ struct Moments {
         return (activation_first ? leaky(x[lane]) : x[lane]) - origin[lane];
     }
 
-    __device__ void add(const Vector<T> (&x)[unroll]) {
-        const float total = rows + unroll, share = unroll / total, weight = rows * share;
+    // The first `present` of the vectors; `whole`: all.
+    template <bool whole>
+    __device__ void add(const Vector<T> (&x)[unroll], int present) {
+        const float batch = whole ? unroll : present, inverse = 1.0f / batch;
+        const float total = rows + batch, share = batch / total, weight = rows * share;
         rows = total;
 #pragma unroll
         for (int lane = 0; lane < lanes; ++lane) {
             float sum = 0.0f, squares = 0.0f;
 #pragma unroll
-            for (int u = 0; u < unroll; u += 4)
-                sum += (value(x[u], lane) + value(x[u + 1], lane)) + (value(x[u + 2], lane) + value(x[u + 3], lane));
-            const float own = sum * (1.0f / unroll), delta = own - mean[lane];
+            for (int u = 0; u < unroll; u += 2)
+                sum += (whole || u < present ? value(x[u], lane) : 0.0f) +
+                       (whole || u + 1 < present ? value(x[u + 1], lane) : 0.0f);
+            float own = sum * inverse;
+            if (!whole) own = fmaf(fmaf(-own, batch, sum), inverse, own);  // so that equal values have no variance
 #pragma unroll
             for (int u = 0; u < unroll; ++u) {
-                const float d = value(x[u], lane) - own;
+                const float d = whole || u < present ? value(x[u], lane) - own : 0.0f;
                 squares = fmaf(d, d, squares);
             }
+            const float delta = own - mean[lane];
             mean[lane] = fmaf(delta, share, mean[lane]);
             deviation[lane] += fmaf(delta * delta, weight, squares);
         }
     }
 
-    __device__ void add(const Vector<T>& x, int count) {
+    __device__ void add(const Vector<T> (&x)[unroll], int present) {
+        if (present == unroll)
+            add<true>(x, present);
+        else if (present > 0)
+            add<false>(x, present);
+    }
+
+    __device__ void add_one(const Vector<T>& x, int count) {
         const float share = 1.0f / (rows + 1.0f), weight = rows * share;
 #pragma unroll
         for (int lane = 0; lane < lanes; ++lane) {
@@ -111,16 +124,15 @@ struct Moments {
 template <bool activation_first, class T>
 __device__ void slice_moments(const T* input, const Tiling& tiling, const Place& place, Index group,
                               Moments<activation_first, T>& moments) {
-    constexpr int unroll = statistics_unroll;
+    constexpr int unroll = statistics_unroll(sizeof(T));
     walk<unroll, false>(
         tiling, place, group,
-        [&](Index offset, Index stride) {
+        [&](Index offset, Index stride, int present) {
             Vector<T> x[unroll];
-#pragma unroll
-            for (int u = 0; u < unroll; ++u) x[u] = load_vector(input + offset + u * stride);
-            moments.add(x);
+            load_batch(input + offset, stride, present, x);
+            moments.add(x, present);
         },
-        [&](Index offset, int count) { moments.add(load_part(input + offset, count, tiling.access), count); });
+        [&](Index offset, int count) { moments.add_one(load_part(input + offset, count, tiling.access), count); });
 }
 
 template <class T>
@@ -190,16 +202,13 @@ __device__ void apply(const ApplyArgs<T>& args, const Place& place, Index group,
     };
     walk<unroll, true>(
         tiling, place, group,
-        [&](Index offset, Index stride) {
+        [&](Index offset, Index stride, int present) {
             Vector<T> x[unroll], residual[unroll];
-#pragma unroll
-            for (int u = 0; u < unroll; ++u) {
-                x[u] = load_vector(args.input + offset + u * stride);
-                if constexpr (form == Form::bn_add_act) residual[u] = load_vector(args.residual + offset + u * stride);
-            }
+            load_batch(args.input + offset, stride, present, x);
+            if constexpr (form == Form::bn_add_act) load_batch(args.residual + offset, stride, present, residual);
 #pragma unroll
             for (int u = 0; u < unroll; ++u)
-                store_vector(args.output + offset + u * stride, activation(x[u], residual[u]));
+                if (u < present) store_vector(args.output + offset + u * stride, activation(x[u], residual[u]));
         },
         [&](Index offset, int count) {
             const Vector<T> x = load_part(args.input + offset, count, tiling.access);
@@ -310,7 +319,7 @@ void forward(const BatchNormForward& args, Queue queue) {
                                               args.momentum},
                           queue);
         }
-        cut(tiling, statistics_unroll, processors * statistics_blocks);
+        cut(tiling, statistics_unroll(sizeof(T)), processors * statistics_blocks);
         const Index tiles = tiles_of(tiling);
         float* const counts = args.workspace;
         float* const means = counts + shape.groups * tiles;

@@ -144,7 +144,8 @@ inline bool take_whole_columns(Tiling& tiling, int multiprocessors) {
         tile = tile < tiling.vectors ? tile : tiling.vectors;
         tile = tile < most_tile ? tile : most_tile;
     }
-    if (tile > most_tile || tiling.packed_rows() * tile * vector_bytes > one_block_bytes) return false;
+    const Index vectors = tiling.groups * tiling.packed_rows() * tile;  // of a block
+    if (tile > most_tile || vectors * vector_bytes > one_block_bytes) return false;
     set_tile(tiling, tile);
     return true;
 }

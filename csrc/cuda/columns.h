@@ -36,27 +36,36 @@ __device__ inline void move_running(float* running, float batch, float momentum)
     *running += momentum * (batch - *running);
 }
 
-// Calls batch(offset, stride) for `unroll` whole vectors at a time, stride values apart, and one(offset, count) for
-// the vectors left over. Without 16-byte accesses all are. Backwards, the last chunk comes first: what the walk before
-// read last is still in the L2 cache.
+// Calls batch(offset, stride, present) for `unroll` vectors at a time, `stride` values apart, of which the first
+// `present` are there: loads that wait for none of the others. Where accesses are narrower than a vector, calls
+// one(offset, count) for each. Backwards, the last chunk comes first: what the walk before read last is still in the L2
+// cache.
 template <int unroll, bool backwards, class Batch, class One>
 __device__ void walk(const Tiling& tiling, const Place& place, Index group, Batch batch, One one) {
     if (!place.active) return;
     const Index chunks = tiling.chunks(unroll), whole = tiling.whole_packed_rows();
+    const Index rows = whole + (tiling.count(whole, place.vector) > 0);  // that this vector is in
     for (Index i = place.slice; i < chunks; i += tiling.slices) {
         const Index chunk = backwards ? chunks - 1 - i : i;
         const Index first = chunk * tiling.row_lanes * unroll + place.row;
-        if (tiling.access == vector_bytes && first + (unroll - 1) * tiling.row_lanes < whole) {
-            batch(tiling.offset(group, first, place.vector), tiling.row_lanes * tiling.width());
+        if (tiling.access == vector_bytes) {
+            int present = 0;
+#pragma unroll
+            for (int u = 0; u < unroll; ++u) present += first + u * tiling.row_lanes < rows;
+            batch(tiling.offset(group, first, place.vector), tiling.row_lanes * tiling.width(), present);
         } else {
 #pragma unroll 1
-            for (int u = 0; u < unroll; ++u) {
-                const Index row = first + u * tiling.row_lanes;
-                const int count = tiling.count(row, place.vector);
-                if (count > 0) one(tiling.offset(group, row, place.vector), count);
-            }
+            for (Index row = first; row < rows && row < first + unroll * tiling.row_lanes; row += tiling.row_lanes)
+                one(tiling.offset(group, row, place.vector), tiling.count(row, place.vector));
         }
     }
+}
+
+// The first `present` vectors, zeros for the others.
+template <int unroll, class T>
+__device__ void load_batch(const T* source, Index stride, int present, Vector<T> (&vector)[unroll]) {
+#pragma unroll
+    for (int u = 0; u < unroll; ++u) vector[u] = u < present ? load_vector(source + u * stride) : Vector<T>{};
 }
 
 // Joins `value` of the threads of a column, two and two, into that of its first thread: join(mine, other). Every thread
