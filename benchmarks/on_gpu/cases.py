@@ -104,14 +104,14 @@ class Worker:
     def __call__(self, case: Case, seconds: float) -> Row:
         begin = time.monotonic()
         connection = self.start()
-        with suppress(BrokenPipeError):  # then there is nothing to receive either
+        with suppress(ConnectionError):  # then there is nothing to receive either
             connection.send((case, seconds))
         if not connection.poll(max(0.0, seconds - (time.monotonic() - begin))):
             self.close()
             return {"status": "stopped", "reason": f"not done after the {seconds:.0f} s that were left"}
         try:
             row, usable = connection.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):  # the latter if it has not read the case
             self._process.join(5)
             code = self._process.exitcode
             self.close()

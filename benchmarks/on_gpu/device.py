@@ -68,6 +68,7 @@ class Gpu:
         torch.backends.cudnn.benchmark = True  # torch at its best: static shapes
         properties = torch.cuda.get_device_properties(self.torch_device)
         self.cache_bytes = int(getattr(properties, "L2_cache_size", 0)) or 64 * 2**20
+        self._stream = torch.cuda.Stream()
         self._pool = torch.cuda.graph_pool_handle()
         self._capture_failed = False
 
@@ -93,15 +94,15 @@ class Gpu:
         return begin.elapsed_time(end) / 1000
 
     def capture(self, call: Call) -> Captured:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # as torch's notes on CUDA graphs ask for
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):  # as torch's notes on CUDA graphs ask for
             call()
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
         try:
-            # One pool for all: a graph's results are read before the next one is replayed.
-            with torch.cuda.graph(graph, pool=self._pool, stream=stream):
+            # One pool for all, and one stream, without which they would share none of it: a graph's results are read
+            # before the next one is replayed.
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
                 results = call()
         except Exception:
             self._capture_failed = True

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 import time
 from pathlib import Path
 
@@ -106,6 +108,16 @@ def test_cases_run_in_one_process_until_it_dies_and_then_in_another(worker, log)
     assert after["value"] == 3
     assert after["process"] != first["process"]
     assert "== dies" in log.read_text()
+
+
+def test_a_process_that_dies_before_it_reads_its_case_is_replaced(worker):
+    worker.start()
+    process = worker._process.pid
+    os.kill(process, signal.SIGSTOP)
+    threading.Timer(0.5, os.kill, (process, signal.SIGKILL)).start()
+    row = worker(answer(1), 120.0)
+    assert row == {"status": "failed", "reason": "its process ended with exit code -9, see the log"}
+    assert worker(answer(2), 120.0)["value"] == 2
 
 
 def test_a_case_that_takes_too_long_is_stopped_with_all_its_processes(worker, tmp_path):
