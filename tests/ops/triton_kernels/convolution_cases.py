@@ -194,13 +194,15 @@ def check_against_torch(accuracy: Any, case: Case, device: torch.device, configu
 
 
 def terms(of: Arguments, exact: dict[str, Tensor], name: str) -> Tensor:
-    """How large a result's summands are: a sum over pixels cancels."""
-    if name == "sum":
-        return of.by_group(exact["grad_input"].abs()).sum(2)
+    """How large a result's summands are. Those of a sum over pixels, which may cancel, are exact to their dtype."""
+    if not name.startswith("sum"):
+        return exact[name]
+    summands = exact["grad_input"]
     if name == "sum_deviation":
         x = of.leaky(of.stored.double()) if of.case.input_kind == "kink_affine" else of.stored.double()
-        return of.by_group((exact["grad_input"] * (x - of.per_image(of.mean, torch.float64))).abs()).sum(2)
-    return exact[name]
+        summands = summands * (x - of.per_image(of.mean, torch.float64))
+    roundings = torch.finfo(of.case.dtype).eps / torch.finfo(torch.float32).eps
+    return roundings * of.by_group(summands.abs()).sum(2)
 
 
 _OPTIONS: dict[str, tuple[Any, ...]] = {
