@@ -35,10 +35,8 @@ CASES = [
 
 
 @pytest.fixture(autouse=True)
-def torchs_tf32():
-    before = torch.backends.cudnn.allow_tf32
-    yield
-    torch.backends.cudnn.allow_tf32 = before
+def no_tf32(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 @pytest.fixture
@@ -53,10 +51,10 @@ def test_as_accurate_as_torch(accuracy, device, case):
 
 @pytest.mark.parametrize("tf32", [False, True], ids=["ieee", "tf32"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_every_configuration_is_as_accurate_as_torch(accuracy, device, case, tf32):
+def test_every_configuration_is_as_accurate_as_torch(accuracy, device, monkeypatch, case, tf32):
     if tf32 and case.dtype is not torch.float32:
         pytest.skip("TF32 is for float32")
-    torch.backends.cudnn.allow_tf32 = tf32
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", tf32)
     for configuration in dict.fromkeys(chain.from_iterable(case.configurations())):
         check_against_torch(accuracy, case, device, configuration)
 

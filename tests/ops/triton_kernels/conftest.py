@@ -18,3 +18,9 @@ repair()
 @pytest.fixture
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def no_tf32(monkeypatch):
+    """Torch's error is that of float32; a test of TF32 turns it on for itself."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)

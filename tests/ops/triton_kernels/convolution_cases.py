@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,8 +10,9 @@ import torch
 from gathers import CONVOLUTIONS, weight_shape
 from torch import Tensor
 
-from ganvas.ops.backends.triton import convolution
+from ganvas.ops.backends.triton import convolution, tf32
 from ganvas.ops.backends.triton.configurations import Configuration
+from ganvas.ops.backends.triton.precision import uses_tf32
 from ganvas.ops.convolution import Geometry, convolve, convolve_backward
 from ganvas.ops.pending import Pending, PendingGradient
 
@@ -130,12 +132,15 @@ class Arguments:
         return other
 
 
-def by_torch(of: Arguments, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Every tensor of pixels stored in ``dtype``."""
+def by_torch(
+    of: Arguments, dtype: torch.dtype, multiplied: Callable[[Tensor], Tensor] = lambda values: values
+) -> dict[str, Tensor]:
+    """Every tensor of pixels stored in ``dtype``; ``multiplied`` gets the operands of every product."""
     case, wide = of.case, torch.promote_types(dtype, torch.float32)
-    activation, weight = of.activation(wide).to(dtype), of.weight.to(dtype)
+    activation, weight = multiplied(of.activation(wide).to(dtype)), multiplied(of.weight.to(dtype))
     output = convolve(activation, weight, None if of.bias is None else of.bias.to(dtype), case.geometry)
-    grad, _ = convolve_backward(of.raw_gradient(wide).to(dtype), activation, weight, case.geometry, (True, False))
+    raw = multiplied(of.raw_gradient(wide).to(dtype))
+    grad, _ = convolve_backward(raw, activation, weight, case.geometry, (True, False))
     assert grad is not None
     results = {"output": output, "grad_input": grad}
     if case.input_kind == "stored":
@@ -161,9 +166,14 @@ def combined(counts: Tensor, means: Tensor, deviations: Tensor) -> tuple[Tensor,
 
 
 def check_against_torch(accuracy: Any, case: Case, device: torch.device, configuration: Configuration | None) -> None:
-    """All that the kernel computes of a case, by the tolerance rule of tests/conftest.py."""
+    """All that the kernel computes of a case, by the tolerance rule of tests/conftest.py.
+
+    Where TF32 is allowed, torch's error is that of operands rounded to it: its own kernels need not make use of it.
+    """
     of = Arguments(case, device)
-    exact, torchs = by_torch(of, torch.float64), by_torch(of, case.dtype)
+    reduced = case.dtype is torch.float32 and uses_tf32()
+    exact = by_torch(of, torch.float64)
+    torchs = by_torch(of, case.dtype, tf32.rounded) if reduced else by_torch(of, case.dtype)
     arguments = (case.geometry, of.input, of.weight, of.bias)
     plain = convolution.forward(*arguments, configuration=configuration)
     output, *partial = convolution.forward_with_statistics(

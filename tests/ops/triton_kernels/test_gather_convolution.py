@@ -11,7 +11,7 @@ from fences import fenced
 from gathers import CONVOLUTIONS
 from torch import Tensor
 
-from ganvas.ops.backends.triton import convolution, gather_convolution
+from ganvas.ops.backends.triton import convolution, gather_convolution, tf32
 from ganvas.ops.backends.triton.configurations import Configuration
 from ganvas.ops.backends.triton.gather import backward_gather, forward_gather, pack_weight
 from ganvas.ops.convolution import Geometry
@@ -24,6 +24,23 @@ SMALLER = Configuration(32, 16, 16, 4, 2, group_m=1)
 @pytest.mark.parametrize("case", covering(1), ids=lambda case: case.convolution)
 def test_as_accurate_as_torch(accuracy, device, case):
     check_against_torch(accuracy, case, device, SMALL)
+
+
+@pytest.mark.parametrize("convolution", ["3x3", "4x4_transposed", "3x3_upsampled"])
+@pytest.mark.parametrize("kind", ["affine_kink", "stored"])
+def test_tf32_is_as_accurate_as_rounded_operands(accuracy, device, monkeypatch, convolution, kind):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    check_against_torch(accuracy, Case(convolution, input_kind=kind, gradient_kind=kind), device, SMALL)
+
+
+def test_tf32_is_rounded_to(device, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    of = Arguments(Case(input_kind="stored"), device)
+    rounded = of.changed(stored=tf32.rounded(of.stored), weight=tf32.rounded(of.weight))
+    ours, expected = (
+        convolution.forward(o.case.geometry, o.input, o.weight, o.bias, configuration=SMALL) for o in (of, rounded)
+    )
+    assert torch.equal(ours, expected)
 
 
 @pytest.mark.slow
@@ -53,20 +70,22 @@ def test_zero_padding_pads_the_activation(device, kind):
 @pytest.mark.parametrize("slope", [0.0, 0.2, 1.0, -0.5])
 @pytest.mark.parametrize("kind", ["affine_kink", "kink_affine", "stored"])
 def test_nan_and_infinity_go_where_torch_has_them(device, slope, kind):
-    of = Arguments(Case(in_channels=3, out_channels=5, slope=slope, input_kind=kind, gradient_kind=kind), device)
-    for pixels in (of.stored, of.grad):
-        pixels[0, 0, 1, 1] = float("nan")
-        pixels[1, 1, 3, 3] = float("inf")
-        pixels[1, 2, 5, 2] = -float("inf")
-    of.weight.abs_().add_(0.1)
+    case = Case(in_channels=3, out_channels=5, slope=slope, input_kind=kind, gradient_kind=kind)
+    of, on_cpu = Arguments(case, device), Arguments(case)  # cuDNN's fast algorithms spread a NaN over its neighbours
+    for arguments in (of, on_cpu):
+        for pixels in (arguments.stored, arguments.grad):
+            pixels[0, 0, 1, 1] = float("nan")
+            pixels[1, 1, 3, 3] = float("inf")
+            pixels[1, 2, 5, 2] = -float("inf")
+        arguments.weight.abs_().add_(0.1)
     output = convolution.forward(of.case.geometry, of.input, of.weight, of.bias, configuration=SMALL)
     grad, sums = convolution.backward_input(of.case.geometry, of.gradient, of.weight, of.input, configuration=SMALL)
-    exact = by_torch(of, torch.float32)
-    for name, ours in (("output", output), ("grad_input", grad)):
+    exact = by_torch(on_cpu, torch.float32)
+    for name, ours in (("output", output.cpu()), ("grad_input", grad.cpu())):
         assert torch.equal(ours.isnan(), exact[name].isnan()), name
         assert torch.equal(ours == float("inf"), exact[name] == float("inf")), name
     if kind != "stored":
-        assert torch.equal(sums[0].isnan(), exact["sum"].isnan())
+        assert torch.equal(sums[0].isnan().cpu(), exact["sum"].isnan())
 
 
 def test_statistics_do_not_cancel(device):

@@ -23,6 +23,7 @@ def test_as_the_flag_says(allowed):
 
 @pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="needs a torch with precisions by name")
 def test_as_the_precision_says():
+    torch.backends.cudnn.allow_tf32 = True  # as it is by default
     before = torch.backends.cudnn.conv.fp32_precision
     try:
         torch.backends.cudnn.conv.fp32_precision = "ieee"

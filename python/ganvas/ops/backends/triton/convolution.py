@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ganvas.ops.backends.triton import configurations as tables
+from ganvas.ops.backends.triton import tf32
 from ganvas.ops.backends.triton.configurations import Configuration
 from ganvas.ops.backends.triton.gather import Gather, backward_gather, forward_gather, pack_weight
 from ganvas.ops.backends.triton.gather_convolution import (
@@ -219,6 +220,8 @@ def _configurations(gather: Gather, in_channels: int, output: torch.Size, dtype:
 def _packed(weight: Tensor, gather: Gather, geometry: Geometry, dtype: torch.dtype) -> Tensor:
     """In one of whose last two directions values are neighbours, so that the kernel reads several at a time."""
     packed = pack_weight(weight.detach(), gather, geometry.transposed, dtype)
+    if dtype is torch.float32 and uses_tf32():
+        packed = tf32.rounded(packed)
     return packed if 1 in packed.stride()[2:] else packed.contiguous()
 
 

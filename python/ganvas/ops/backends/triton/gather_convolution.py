@@ -21,6 +21,7 @@ from torch import Tensor
 from ganvas.ops.backends.triton.configurations import Configuration
 from ganvas.ops.backends.triton.gather import Axis, Gather
 from ganvas.ops.backends.triton.precision import uses_tf32
+from ganvas.ops.backends.triton.tf32 import rounded_to_tf32
 from ganvas.ops.pending import Pending, PendingGradient
 
 MOST_PHASES = 4
@@ -46,7 +47,7 @@ class StatisticsOf:
 def gather_convolution(
     gather: Gather,
     input: Pending | PendingGradient,
-    weight: Tensor,  # (phases, most taps, C read, C written), of the input's dtype
+    weight: Tensor,  # (phases, most taps, C read, C written), of the input's dtype, rounded to TF32 where that is used
     bias: Tensor | None,  # (C written,)
     output: Tensor,  # (N, C written, H, W), channels_last: is filled
     groups: int,
@@ -335,6 +336,8 @@ def _kernel(
                     a.to(tl.float32), stored, scale, stored_scale, shift, slope, KIND, ACTIVATION_FIRST
                 )
             a = tl.where(is_inside, value, 0.0).to(a.dtype)  # the padding is one of the activation
+        if PRECISION == "tf32":
+            a = rounded_to_tf32(a)
         total = tl.dot(a, b, total, input_precision=PRECISION)
 
     if HAS_BIAS:
