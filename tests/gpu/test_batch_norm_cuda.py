@@ -204,6 +204,25 @@ def test_a_cuda_graph_replays_a_training_step(shape, with_residual):
             assert torch.equal(replayed, eager)
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_opcheck(training, with_residual):
+    channels = 6
+    x, grad, residual = (pixels(4, channels, 3, 3) for _ in range(3))
+    weight, bias, mean = torch.randn(3, channels, device="cuda")
+    var = torch.rand(channels, device="cuda") + 0.5
+    added, order, name = ((residual,), (), "add_leaky_relu") if with_residual else ((), (False,), "leaky_relu")
+    ops = {"eval": (x, weight, bias, *added, mean, var, 1e-5, 0.2, *order)}
+    if training:
+        ops = {"train": (x, weight, bias, *added, 1e-5, 0.2, *order, 1)}
+    arguments = (x, weight, bias, mean[None], var[None], training, 1e-5, 0.2, *order, 1)
+    ops["backward"] = (grad, *added, *arguments)
+    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_static", "test_aot_dispatch_dynamic")
+    for step, values in ops.items():
+        op = getattr(torch.ops.ganvas, f"batch_norm_{name}_{step}").default
+        assert set(torch.library.opcheck(op, values, test_utils=tests).values()) == {"SUCCESS"}
+
+
 def test_more_values_than_32_bits_count():
     rows, channels = 2**25 + 8, 128
     free, _ = torch.cuda.mem_get_info()

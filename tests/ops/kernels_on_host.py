@@ -106,6 +106,15 @@ class HostNative:
 
         return call
 
+    def in_both_orders(self, call: Callable[[], list[Tensor]]) -> list[list[Tensor]]:
+        """Its results with each block's threads taking turns from the first to the last, and from the last."""
+        results = []
+        for last_first in (False, True):
+            self.library.set_last_first(last_first)
+            results.append(call())
+        self.library.set_last_first(False)
+        return results
+
     @staticmethod
     def _value(value: Any, letter: str) -> Any:
         if letter == "s":

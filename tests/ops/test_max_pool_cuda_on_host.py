@@ -149,3 +149,15 @@ def test_slices_at_any_address_are_read_in_place(kernels, skipped, dtype):
     results = kernels.max_pool_backward(grad, index, moved)
     for result, expected in zip(results, kernels.max_pool_backward(grad, index, pending)):
         assert torch.equal(result, expected)
+
+
+@pytest.mark.parametrize("shape", [(2, 7, 5, 3), (2, 64, 9, 33)])
+def test_threads_may_take_turns_in_any_order(kernels, host, shape):
+    pending = pending_of(shape, groups=2)
+
+    def pooled_and_gradients() -> list[Tensor]:
+        pooled, index = kernels.max_pool(pending)
+        return [pooled, index, *kernels.max_pool_backward(pooled, index, pending)]
+
+    for first, second in zip(*host.in_both_orders(pooled_and_gradients)):
+        assert torch.equal(first, second)

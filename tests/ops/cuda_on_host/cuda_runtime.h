@@ -1,8 +1,8 @@
 // The part of CUDA that ganvas' kernels use, run by the processor, so that their logic is tested where no GPU is.
 //
 // A block is an OS thread; its CUDA threads take turns on it as coroutines, each running up to its next barrier. What
-// this finds: wrong indices, sums, barriers, launch shapes. What it cannot find: races between threads, and anything
-// that only the CUDA compiler or a GPU does.
+// this finds: wrong indices, sums, barriers, launch shapes. What it cannot find: races between threads that show in
+// neither order of their turns, and anything that only the CUDA compiler or a GPU does.
 #pragma once
 
 #include <ucontext.h>
@@ -96,6 +96,8 @@ struct Block {
 
 inline thread_local Block* block;
 
+inline bool last_first = false;  // the threads' turns: a missing barrier shows in one order or the other
+
 [[noreturn]] inline void fail(const char* message) {
     std::fprintf(stderr, "CUDA on the host: %s\n", message);
     std::abort();
@@ -143,7 +145,8 @@ inline void run_block(std::function<void()> kernel, unsigned index, unsigned blo
     for (int finished = 0; finished < threads;) {
         const long progress = self.progress;
         finished = 0;
-        for (self.running = 0; self.running < self.threads.size(); ++self.running) {
+        for (unsigned turn = 0; turn < self.threads.size(); ++turn) {
+            self.running = last_first ? static_cast<unsigned>(self.threads.size()) - 1 - turn : turn;
             Coroutine& thread = self.threads[self.running];
             threadIdx = dim3(self.running);
             if (!thread.finished) swapcontext(&self.scheduler, &thread.context);

@@ -38,6 +38,10 @@ inline __attribute__((used)) void set_multiprocessors(int count) {
     on_host::multiprocessors = count;
 }
 
+inline __attribute__((used)) void set_last_first(bool last_first) {
+    on_host::last_first = last_first;
+}
+
 inline __attribute__((used)) void fail_next_launch() {
     on_host::next_error = cudaErrorCooperativeLaunchTooLarge;
 }
