@@ -50,5 +50,5 @@ def test_numbers_come_out_as_they_went_in(device, numbers):
 
 
 def test_kinds_of_slopes():
-    assert [slope_kind(slope) for slope in (0.0, -0.0, 0.01, 1.0)] == ["relu", "relu", "bounded", "bounded"]
+    assert [slope_kind(slope) for slope in (0.0, -0.0, 0.01, 1.0)] == ["relu", "relu", "leaky", "identity"]
     assert {slope_kind(slope) for slope in (-0.1, 1.01, float("nan"), float("inf"))} == {"any"}

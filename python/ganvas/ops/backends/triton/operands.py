@@ -8,9 +8,8 @@ import triton.language as tl
 
 def slope_kind(negative_slope: float) -> str:
     """Which LeakyReLU a kernel is compiled for: the fewer operations, the less there is known of the slope."""
-    if negative_slope == 0.0:
-        return "relu"
-    return "bounded" if 0.0 < negative_slope <= 1.0 else "any"
+    kinds = {0.0: "relu", 1.0: "identity"}
+    return kinds.get(negative_slope, "leaky" if 0.0 < negative_slope < 1.0 else "any")
 
 
 def divider(divisor: int) -> int:
@@ -46,10 +45,12 @@ def unpacked(packed, i):
 
 @triton.jit
 def leaky_relu(x, negative_slope, SLOPE: tl.constexpr):
-    if SLOPE == "relu":  # of -inf 0 too
+    if SLOPE == "identity":
+        return x
+    elif SLOPE == "relu":  # of -inf 0 too
         return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    elif SLOPE == "bounded":
-        return tl.maximum(x, negative_slope * x)  # NaN where both are
+    elif SLOPE == "leaky":
+        return tl.maximum(x, negative_slope * x, propagate_nan=tl.PropagateNan.ALL)
     else:
         return tl.where(x > 0.0, x, negative_slope * x)
 

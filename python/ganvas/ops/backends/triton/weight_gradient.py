@@ -23,6 +23,7 @@ from torch import Tensor
 from ganvas.ops.backends.triton.gather import Axis, Gather, forward_gather, unpack_weight_gradient
 from ganvas.ops.backends.triton.operands import activation, divided, divider, packed, raw_gradient, slope_kind, unpacked
 from ganvas.ops.backends.triton.precision import uses_tf32
+from ganvas.ops.backends.triton.tf32 import rounded_to_tf32
 from ganvas.ops.convolution import Geometry
 from ganvas.ops.pending import Pending, PendingGradient
 
@@ -162,16 +163,18 @@ def _partial_sums(
     )  # fmt: skip
     largest_image = max(height * width * in_channels, out_height * out_width * out_channels)
     spanned = (cut.part // max(rows * columns, 1) + 2) * largest_image  # at most, by a part
+    grad_slope = pending.negative_slope if pending and pending.activation_first else 1.0
     with torch.cuda.device_of(stored):
         _kernel[(cut.tiles, groups * cut.parts, gather.phases)](
             stored, input.scale, input.shift, grad, *(pending[1:5] if pending else (None,) * 4), sums,
             in_channels, out_channels, images, height, width, out_height, out_width, cut.part, cut.parts,
             gather.most_taps, *_axis_arguments(gather.y, out_height), *_axis_arguments(gather.x, out_width),
-            float(input.negative_slope), float(pending.negative_slope if pending else 1.0),
-            PENDING=input.scale is not None, ACTIVATION_FIRST=input.activation_first,
-            SLOPE=slope_kind(input.negative_slope), PENDING_GRAD=pending is not None,
-            GRAD_ACTIVATION_FIRST=pending is not None and pending.activation_first,
-            GRAD_SLOPE=slope_kind(pending.negative_slope if pending else 1.0),
+            float(input.negative_slope), float(grad_slope),
+            PENDING=input.scale is not None,
+            ACTIVATION_FIRST=input.scale is not None and input.activation_first,
+            SLOPE="identity" if input.scale is None else slope_kind(input.negative_slope),
+            PENDING_GRAD=pending is not None,
+            GRAD_ACTIVATION_FIRST=pending is not None and pending.activation_first, GRAD_SLOPE=slope_kind(grad_slope),
             BLOCK_TAPS=configuration.block_taps, BLOCK_IN=configuration.block_in, BLOCK_OUT=configuration.block_out,
             BLOCK_PIXELS=configuration.block_pixels,
             PRECISION="tf32" if stored.dtype is torch.float32 and uses_tf32() else "ieee",
@@ -203,14 +206,25 @@ def _cut(
         * triton.cdiv(out_channels, configuration.block_out)
     )
     bytes_of_sum = 4 * gather.phases * gather.most_taps * in_channels * out_channels
-    parts = min(
-        configuration.programs * _multiprocessors(device) // (tiles * gather.phases * groups),
+    most = min(
         triton.cdiv(pixels, LEAST_STEPS * configuration.block_pixels),
         MOST_PARTIAL_BYTES // (groups * bytes_of_sum),
     )
-    parts = max(parts, triton.cdiv(pixels, _MOST_PIXELS), 1)
+    at_a_time = configuration.programs * _multiprocessors(device)
+    parts = max(_parts(tiles * gather.phases * groups, at_a_time, max(most, 1)), triton.cdiv(pixels, _MOST_PIXELS))
     part = triton.cdiv(triton.cdiv(pixels, parts), configuration.block_pixels) * configuration.block_pixels
     return _Cut(tiles, max(triton.cdiv(pixels, part), 1) if part else 1, part)
+
+
+@lru_cache(maxsize=4096)
+def _parts(tiles: int, at_a_time: int, most: int) -> int:
+    """The fewest whose programs, in up to four rounds, keep nine multiprocessors of ten busy to the end, or nearly."""
+
+    def busy(parts: int) -> float:
+        return parts * tiles / (triton.cdiv(parts * tiles, at_a_time) * at_a_time)
+
+    worth_it = range(1, min(most, 4 * at_a_time // tiles + 1) + 1)
+    return next((parts for parts in worth_it if busy(parts) >= 0.9), max(worth_it, key=busy))
 
 
 @lru_cache
@@ -422,7 +436,11 @@ def _kernel(
             a = tl.reshape(a, (BLOCK_PIXELS, BLOCK_TAPS * BLOCK_IN))
             if a.dtype == d.dtype:  # A reshape right before the product fails to compile for sm_100.
                 a = tl.where(is_pixel, a, 0.0)
-        total = tl.dot(tl.trans(a.to(d.dtype)), d, total, input_precision=PRECISION)
+        a = a.to(d.dtype)
+        if PRECISION == "tf32":
+            a = rounded_to_tf32(a)
+            d = rounded_to_tf32(d)
+        total = tl.dot(tl.trans(a), d, total, input_precision=PRECISION)
 
     row = tl.arange(0, BLOCK_TAPS * BLOCK_IN)
     tap = first_tap + row // BLOCK_IN
