@@ -139,8 +139,9 @@ def _gradients(ctx, grad_output, _moments, _stored):
     )  # fmt: skip
 
 
-library.impl("conv_bn_leaky_relu_chain", _forward, "CPU")
-library.impl("conv_bn_leaky_relu_chain_backward", _backward, "CPU")
+for _device in ("CPU", "CUDA"):
+    library.impl("conv_bn_leaky_relu_chain", _forward, _device)
+    library.impl("conv_bn_leaky_relu_chain_backward", _backward, _device)
 torch.library.register_autograd(
     "ganvas::conv_bn_leaky_relu_chain", _gradients, setup_context=_setup_context, lib=library
 )
