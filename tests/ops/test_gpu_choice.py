@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -93,6 +94,46 @@ def test_what_is_wrong_or_fails_is_left_out_and_named(times, caplog, bad, messag
 
 def test_every_result_has_to_be_finite(times):
     assert measure.fastest(CASE, {"bad": not_finite_in_the_second}, right_twice, CPU).native_ms is None
+
+
+class Timeline:
+    """A processor that launches kernels and a GPU that runs them, each with a clock of its own, in seconds."""
+
+    def __init__(self) -> None:
+        self.processor = self.gpu = 0.0
+
+    def launch(self, launching: float, running: float) -> None:
+        self.processor += launching
+        self.gpu = max(self.processor, self.gpu) + running
+
+    def way(self, launching: float, running: float):
+        return lambda: self.launch(launching, running)
+
+    def sleep(self, cycles: int) -> None:
+        self.launch(5e-6, cycles / 1.5e9)
+
+    def event(self, enable_timing: bool):
+        """Of torch.cuda.Event as much as is used."""
+        event = SimpleNamespace()
+
+        def record() -> None:
+            event.time = max(self.processor, self.gpu)
+
+        def synchronize() -> None:
+            self.processor = max(self.processor, event.time)
+
+        event.record, event.synchronize = record, synchronize
+        event.elapsed_time = lambda end: 1000 * (end.time - event.time)
+        return event
+
+
+def test_what_launching_takes_does_not_count(monkeypatch):
+    timeline = Timeline()
+    monkeypatch.setattr(torch.cuda, "Event", timeline.event)
+    monkeypatch.setattr(torch.cuda, "_sleep", timeline.sleep, raising=False)
+    ways = {"slow to launch": (1e-4, 1e-5), "quick to launch": (2e-5, 2e-5), "large": (5e-5, 3e-3)}
+    times = measure._time_in_turns({name: timeline.way(*of_way) for name, of_way in ways.items()})
+    assert times == pytest.approx({name: 1000 * running for name, (_, running) in ways.items()}, rel=1e-3)
 
 
 def test_where_nothing_is_right_torch_runs(times):

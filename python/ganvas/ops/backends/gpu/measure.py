@@ -22,7 +22,10 @@ TOLERANCE = {torch.float32: 5e-3, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 rounding of each value within those of the others; what a compiler got wrong is off by about 1."""
 
 _ROUNDS = 5
-_ROUND_SECONDS = 1e-3
+_ROUND_SECONDS = 1e-3  # at most, with what the processor takes
+_MOST_CALLS = 100  # whose kernels a GPU's queue has room for
+_QUEUEING_CYCLES = int(2 * _ROUND_SECONDS * 2e9)
+"""Of a GPU's clock, for twice as long as a round's calls take to launch; longer where the clock is slower."""
 
 
 @lru_cache
@@ -81,26 +84,30 @@ def _distance(ours: Tensor, theirs: Tensor) -> float:
 
 
 def _time_in_turns(ways: Mapping[str, Callable[[], object]]) -> dict[str, float]:
-    """Milliseconds of a call: medians over rounds, in which each way is called several times in a row.
+    """The GPU's milliseconds for a call: medians over rounds, in which each way is called several times in a row.
 
-    What the processor takes to launch is part of it, as it is in a step that no graph holds.
+    As in a step that a CUDA graph holds, which those of the training are: what the processor takes to launch kernels is
+    no part of it. Of a small layer that takes several times as long as the kernels do, and would decide.
     """
     calls = {
-        name: max(1, min(200, round(1000 * _ROUND_SECONDS / max(_milliseconds(way, 1), 1e-4))))
+        name: max(1, min(_MOST_CALLS, round(1000 * _ROUND_SECONDS / max(_milliseconds(way, 1), 1e-4))))
         for name, way in ways.items()
     }
     rounds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(_ROUNDS):
         for name, way in ways.items():
-            rounds[name].append(_milliseconds(way, calls[name]))
+            rounds[name].append(_milliseconds(way, calls[name], queued=True))
     return {name: round(statistics.median(of_way), 6) for name, of_way in rounds.items()}
 
 
-def _milliseconds(way: Callable[[], object], calls: int) -> float:
+def _milliseconds(way: Callable[[], object], calls: int, *, queued: bool = False) -> float:
+    """Of a call. ``queued``: launched while the GPU is busy with something else, so that it never waits for a launch."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    if queued:
+        torch.cuda._sleep(_QUEUEING_CYCLES)  # there is no public call that keeps a GPU busy for so long
     begin.record()
     for _ in range(calls):
         way()
     end.record()
     end.synchronize()
-    return begin.elapsed_time(end) / calls
+    return max(begin.elapsed_time(end) / calls, 1e-6)
