@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ganvas.ops.backends.triton.configurations import Configuration
 from ganvas.ops.backends.triton.gather import Axis, Gather
+from ganvas.ops.backends.triton.operands import activation, leaky_relu, packed, raw_gradient, slope_kind, unpacked
 from ganvas.ops.backends.triton.precision import uses_tf32
 from ganvas.ops.backends.triton.tf32 import rounded_to_tf32
 from ganvas.ops.pending import Pending, PendingGradient
@@ -110,7 +111,7 @@ def _read_arguments(input: Pending | PendingGradient) -> dict[str, Any]:
     return {
         "input_ptr": pixels, "of_gradient_ptr": of_gradient, "scale_ptr": per_channel[0],
         "of_gradient_scale_ptr": per_channel[1], "shift_ptr": per_channel[2], "slope": float(input.negative_slope),
-        "INPUT": kind, "KIND": _kind(input.negative_slope) if uses_slope else "identity",
+        "INPUT": kind, "KIND": slope_kind(input.negative_slope) if uses_slope else "identity",
         "ACTIVATION_FIRST": input.activation_first and kind != "stored",
     }  # fmt: skip
 
@@ -132,60 +133,16 @@ def _written_arguments(after: StatisticsOf | Pending | None, partials: Partials 
         }  # fmt: skip
         kind = "gradient"
     return arguments | {
-        "after_slope": float(slope), "OUTPUT": kind, "AFTER_KIND": _kind(slope) if activation_first else "identity",
-        "AFTER_ACTIVATION_FIRST": activation_first,
+        "after_slope": float(slope), "OUTPUT": kind, "AFTER_ACTIVATION_FIRST": activation_first,
+        "AFTER_KIND": slope_kind(slope) if activation_first else "identity",
     }  # fmt: skip
-
-
-def _kind(slope: float) -> str:
-    """Of a LeakyReLU, by the fewest instructions that it takes."""
-    if slope in (0.0, 1.0):
-        return "identity" if slope else "relu"
-    return "leaky" if 0 < slope < 1 else "any"
 
 
 def _axis_arguments(name: str, axis: Axis) -> dict[str, int]:
     return {
         f"in_stride_{name}": axis.in_stride, f"out_stride_{name}": axis.out_stride, f"step_{name}": axis.step,
-        f"offsets_{name}": _packed(axis.offsets), f"tap_counts_{name}": _packed(axis.counts),
+        f"offsets_{name}": packed(axis.offsets), f"tap_counts_{name}": packed(axis.counts),
     }  # fmt: skip
-
-
-def _packed(values: tuple[int, ...]) -> int:
-    """16 bits each, in a signed integer of 64."""
-    packed = sum((value & 0xFFFF) << 16 * i for i, value in enumerate(values))
-    return packed - (packed >> 63 << 64)
-
-
-@triton.jit
-def _unpacked(packed, i):
-    return (packed.to(tl.int64) >> (16 * i) << 48 >> 48).to(tl.int32)
-
-
-@triton.jit
-def _leaky_relu(x, slope, KIND: tl.constexpr):
-    if KIND == "identity":
-        return x
-    if KIND == "relu":  # where 0*x is NaN of an infinite x
-        return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    if KIND == "leaky":
-        return tl.maximum(x, x * slope, propagate_nan=tl.PropagateNan.ALL)
-    return tl.where(x > 0.0, x, x * slope)
-
-
-@triton.jit
-def _activation(x, scale, shift, slope, KIND: tl.constexpr, ACTIVATION_FIRST: tl.constexpr):
-    if ACTIVATION_FIRST:
-        return scale * _leaky_relu(x, slope, KIND) + shift
-    return _leaky_relu(scale * x + shift, slope, KIND)
-
-
-@triton.jit
-def _raw_gradient(grad, x, scale, x_scale, shift, slope, KIND: tl.constexpr, ACTIVATION_FIRST: tl.constexpr):
-    if ACTIVATION_FIRST:
-        raw = scale * grad + x_scale * _leaky_relu(x, slope, KIND) + shift
-        return tl.where(x > 0.0, raw, raw * slope)
-    return scale * grad + x_scale * x + shift
 
 
 @triton.jit(
@@ -272,11 +229,11 @@ def _kernel(
     n = line // max(phase_height, 1)
     y = line - n * phase_height
     n += group * group_images
-    first_y = y * in_stride_y + _unpacked(offsets_y, phase_y)
-    first_x = x * in_stride_x + _unpacked(offsets_x, phase_x)
+    first_y = y * in_stride_y + unpacked(offsets_y, phase_y)
+    first_x = x * in_stride_x + unpacked(offsets_x, phase_x)
     first = ((n.to(tl.int64) * height + first_y) * width + first_x) * in_channels
-    taps_y = _unpacked(tap_counts_y, phase_y)
-    taps_x = _unpacked(tap_counts_x, phase_x)
+    taps_y = unpacked(tap_counts_y, phase_y)
+    taps_x = unpacked(tap_counts_x, phase_x)
 
     k = column * BLOCK_N + tl.arange(0, BLOCK_N)
     is_written = k < out_channels
@@ -328,11 +285,11 @@ def _kernel(
             scale = tl.load(scale_ptr + per_channel + c, is_read, 0.0)[None, :]
             shift = tl.load(shift_ptr + per_channel + c, is_read, 0.0)[None, :]
             if INPUT == "activation":
-                value = _activation(a.to(tl.float32), scale, shift, slope, KIND, ACTIVATION_FIRST)
+                value = activation(a.to(tl.float32), scale, shift, slope, KIND, ACTIVATION_FIRST)
             else:
                 stored = tl.load(of_gradient_ptr + offsets, is_inside, 0.0).to(tl.float32)
                 stored_scale = tl.load(of_gradient_scale_ptr + per_channel + c, is_read, 0.0)[None, :]
-                value = _raw_gradient(
+                value = raw_gradient(
                     a.to(tl.float32), stored, scale, stored_scale, shift, slope, KIND, ACTIVATION_FIRST
                 )
             a = tl.where(is_inside, value, 0.0).to(a.dtype)  # the padding is one of the activation
@@ -350,7 +307,7 @@ def _kernel(
         mean = tl.load(mean_ptr + of_group, is_written, 0.0)[None, :]
         values = tl.load(pending_ptr + positions, is_output, 0.0).to(tl.float32)
         if AFTER_ACTIVATION_FIRST:
-            values = _leaky_relu(values, after_slope, AFTER_KIND)
+            values = leaky_relu(values, after_slope, AFTER_KIND)
         else:
             pending_scale = tl.load(pending_scale_ptr + of_group, is_written, 0.0)[None, :]
             pending_shift = tl.load(pending_shift_ptr + of_group, is_written, 0.0)[None, :]
@@ -362,7 +319,7 @@ def _kernel(
     if OUTPUT == "statistics":
         values = result.to(tl.float32)
         if AFTER_ACTIVATION_FIRST:
-            values = _leaky_relu(values, after_slope, AFTER_KIND)
+            values = leaky_relu(values, after_slope, AFTER_KIND)
         count = tl.maximum(tl.minimum(pixels - tile * BLOCK_M, BLOCK_M), 0).to(tl.float32)
         first_sum = tl.sum(tl.where(is_output, values, 0.0), 0) / tl.maximum(count, 1.0)
         deviations = values - first_sum[None, :]
