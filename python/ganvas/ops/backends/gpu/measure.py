@@ -101,7 +101,7 @@ def _time_in_turns(ways: Mapping[str, Callable[[], object]]) -> dict[str, float]
 
 
 def _milliseconds(way: Callable[[], object], calls: int, *, queued: bool = False) -> float:
-    """Of a call. ``queued``: launched while the GPU is busy with something else, so that it never waits for a launch."""
+    """Of a call. ``queued``: launched while the GPU is busy with something else, so that it waits for no launch."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     if queued:
         torch.cuda._sleep(_QUEUEING_CYCLES)  # there is no public call that keeps a GPU busy for so long
