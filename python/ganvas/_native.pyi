@@ -320,8 +320,8 @@ def generator_loss(
     /,
 ) -> None: ...
 
-# The CUDA entry points are there only in a build with nvcc. `workspace` holds `workspace_bytes`, at least as many as the
-# function of that name says.
+# The CUDA entry points are there only in a build with nvcc. `workspace` holds `workspace_bytes`, at least as many as
+# the function of that name says.
 def batch_norm_workspace_cuda(dtype: Dtype, rows: int, channels: int, groups: int, device: int, /) -> int: ...
 def batch_norm_leaky_relu_forward_cuda(
     dtype: Dtype,

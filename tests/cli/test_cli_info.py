@@ -64,8 +64,8 @@ def test_tuning_lists_what_was_measured_and_where_it_is_kept(ganvas, monkeypatch
     assert _row(out, "file") == str(ops.tuning.path())
     assert ops.tuning.path().parent == tmp_path
     assert _row(out, "measuring") == "on"
-    head = "direction convolution dtype device threads batch in channels out channels height width native ms torch ms choice"
-    assert head.split() in [line.split() for line in out.splitlines()]
+    shape_columns = "direction convolution dtype device threads batch in channels out channels height width"
+    assert f"{shape_columns} native ms torch ms choice".split() in [line.split() for line in out.splitlines()]
     rows = [" ".join(_row(out, direction).split()) for direction in "abcd"]
     assert rows == [
         "conv3x3_padding1 float32 cpu 2 64 32 48 17 19 1.250 2.500 native",

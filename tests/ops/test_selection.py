@@ -188,7 +188,7 @@ def test_an_older_or_another_makers_gpu_is_refused(imagined_gpu, monkeypatch):
 def test_a_convolution_that_triton_does_not_take_is_refused_where_triton_is_asked_for(imagined_gpu, monkeypatch):
     monkeypatch.setattr(triton, "is_installed", lambda: True)
     maps, weight = torch.empty(2, 4, 6, 6, device=imagined_gpu), torch.empty(4, 2, 3, 3, device=imagined_gpu)
-    with pytest.raises(ValueError, match="backend='triton' cannot run this convolution: .*groups=2, padding=0"):
+    with pytest.raises(ValueError, match=r"backend='triton' cannot run this convolution: .*groups=2, padding=0"):
         ops.conv_bn_leaky_relu(maps, weight, *[None] * 5, groups=2, training=True, backend="triton")
 
 

@@ -54,9 +54,7 @@ def _say_tuning() -> None:
     names = [name.replace("_", " ") for name in ops.tuning.Case._fields]
     say_table(
         [*names, "native ms", "torch ms", "choice"],
-        [
-            [*map(str, e.case), _milliseconds(e.native_ms), _milliseconds(e.torch_ms), _chosen(e)] for e in entries
-        ],
+        [[*map(str, e.case), _milliseconds(e.native_ms), _milliseconds(e.torch_ms), _chosen(e)] for e in entries],
     )
 
 
