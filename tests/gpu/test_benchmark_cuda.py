@@ -91,7 +91,7 @@ def test_kernels_are_those_of_the_gpu(gpu):
     assert not any(name.startswith("aten::") for name in milliseconds)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_section_is_measured_but_for_what_the_time_is_too_short_for(gpu, monkeypatch, tmp_path):
     monkeypatch.setattr(sides, "LEAST_SECONDS", 0.0)
     monkeypatch.setattr(plan, "COMPILE_SECONDS", 1e9)
@@ -101,7 +101,7 @@ def test_every_section_is_measured_but_for_what_the_time_is_too_short_for(gpu, m
     assert missing == []
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_process_of_its_own_measures_with_torch_compile():
     worker = Worker(Gpu)
     try:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.gpu, pytest.mark.slow]
+pytestmark = [pytest.mark.gpu, pytest.mark.exhaustive]
 
 HERE = Path(__file__).parent
 sanitizer = shutil.which("compute-sanitizer")

@@ -35,7 +35,7 @@ KERNELS = {
 
 @pytest.mark.skipif(nvcc is None, reason="needs nvcc")
 @pytest.mark.skipif(not CUDA_SOURCES.is_dir(), reason="needs the source tree")
-@pytest.mark.parametrize("generation", [*(pytest.param(g, marks=pytest.mark.slow) for g in ("80", "100")), "90"])
+@pytest.mark.parametrize("generation", [*(pytest.param(g, marks=pytest.mark.exhaustive) for g in ("80", "100")), "90"])
 @pytest.mark.parametrize("source", KERNELS)
 def test_no_kernel_spills_registers_to_memory(tmp_path, source, generation):
     if not re.search(rf"sm_{generation}\b", output_of(nvcc, "--list-gpu-code")):

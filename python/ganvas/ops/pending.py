@@ -128,7 +128,7 @@ def _coefficients(
             scale.data_ptr(), shift.data_ptr(),
         )  # fmt: skip
         return scale, shift
-    scale = (var.double() + eps).rsqrt().float()
+    scale = (var + eps).rsqrt()
     if weight is not None:
-        scale = scale * weight
-    return scale, -mean * scale if bias is None else bias - mean * scale
+        scale *= weight
+    return scale, -mean * scale if bias is None else torch.addcmul(bias, mean, scale, value=-1)

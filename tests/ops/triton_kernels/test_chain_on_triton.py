@@ -77,7 +77,7 @@ CHAINS = {
 }
 
 
-@pytest.mark.parametrize("groups", [2, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("groups", [2, pytest.param(1, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("name", CHAINS)
 def test_a_step_is_as_accurate_as_torchs(used, accuracy, name, groups):
     torch.manual_seed(3)

@@ -84,7 +84,7 @@ def test_the_heuristics_choice_fits(capability):
     ])  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "tf32", "float32"])

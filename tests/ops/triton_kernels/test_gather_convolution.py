@@ -43,13 +43,13 @@ def test_tf32_is_rounded_to(device, monkeypatch):
     assert torch.equal(ours, expected)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("case", covering(15)[len(CONVOLUTIONS) :], ids=str)
 def test_as_accurate_as_torch_in_many_combinations(accuracy, device, case):
     check_against_torch(accuracy, case, device, SMALL if case.seed % 2 else SMALLER)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("case", LARGER, ids=str)
 @pytest.mark.parametrize("index", range(8))
 def test_every_configuration_is_as_accurate_as_torch(accuracy, device, case, index):
