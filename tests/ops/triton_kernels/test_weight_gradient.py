@@ -126,7 +126,7 @@ def test_every_convolution_is_as_accurate_as_torchs(accuracy, device, name):
     Case(name, device, DTYPES[i % 3], *OPERANDS[i % 9], CHANNELS[i % 5], size=(5 + i % 2, 4)).check(accuracy)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_every_convolution_of_every_operand_is_as_accurate_as_torchs(accuracy, device, name, dtype):
@@ -169,7 +169,7 @@ def test_a_sample_of_the_configurations_is_as_accurate_as_torchs(accuracy, devic
         case.check(accuracy, case.configurations[i % len(case.configurations)])
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_configuration_is_as_accurate_as_torchs(accuracy, device):
     for case in _wide_and_narrow(device):
         for configuration in case.configurations:

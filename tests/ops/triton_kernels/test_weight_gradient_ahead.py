@@ -77,7 +77,7 @@ def test_the_heuristics_choice_fits(capability):
     check(capability, [case | {"every": False} for case in cases])
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "tf32", "float32"])
