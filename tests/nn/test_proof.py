@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from ganvas.nn import ConvBNLeakyReLU, ConversionError, FusedSequential, convert
+from ganvas.nn import ConvBNLeakyReLU, ConversionError, FusedSequential, convert, proof
 from ganvas.nn import run as run_module
 
 
@@ -235,3 +235,40 @@ def test_nan_in_the_same_places_is_equal_and_elsewhere_not(monkeypatch):
 def test_models_without_parameters_or_norms_prove_their_outputs():
     report = convert(nn.Sequential(nn.BatchNorm1d(4, affine=False), nn.ReLU()), torch.randn(6, 4))
     assert {one.name for one in report.proof.comparisons if one.kind == "gradient"} == {"input 0"}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "holds", "examples"),
+    [
+        ([("gradient", 1)], True, 2),
+        ([("gradient", 2)], True, 3),
+        ([("gradient", 3)], False, 3),
+        ([("gradient", 1), ("output", 1)], False, 1),
+        ([("statistic", 1)], False, 1),
+    ],
+)
+def test_gradients_alone_are_looked_at_again_near_the_example(monkeypatch, wrong, holds, examples):
+    """A kink's side that rounding decides is another one there."""
+    seen = []
+
+    def compare(model, arguments):
+        seen.append(arguments[0])
+        kinds = {kind for kind, times in wrong if len(seen) <= times}
+        return [
+            proof.Comparison("training", kind, kind, 1.0 if kind in kinds else 0.0, 0.5)
+            for kind in ("output", "statistic", "gradient")
+        ]
+
+    monkeypatch.setattr(proof, "_compare", compare)
+    x = torch.randn(2, 3, 4, 4).contiguous(memory_format=torch.channels_last)
+    if holds:
+        assert proof.prove(nn.Conv2d(3, 4, 1), x).holds
+    else:
+        with pytest.raises(proof.ConversionError, match="differs from the plain one"):
+            proof.prove(nn.Conv2d(3, 4, 1), x)
+    assert len(seen) == examples
+    assert torch.equal(seen[0], x)
+    for other in seen[1:]:
+        assert other.is_contiguous(memory_format=torch.channels_last)
+        assert not torch.equal(other, x)
+        assert ((other - x).abs() <= x.abs() / 63).all()
