@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from ganvas.nn import ConvBNLeakyReLU, ConversionError, FusedSequential, convert, proof
+from ganvas.nn import ConvBNLeakyReLU, ConversionError, FusedSequential, convert, observation, proof
 from ganvas.nn import run as run_module
 
 
@@ -235,6 +236,15 @@ def test_nan_in_the_same_places_is_equal_and_elsewhere_not(monkeypatch):
 def test_models_without_parameters_or_norms_prove_their_outputs():
     report = convert(nn.Sequential(nn.BatchNorm1d(4, affine=False), nn.ReLU()), torch.randn(6, 4))
     assert {one.name for one in report.proof.comparisons if one.kind == "gradient"} == {"input 0"}
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_on_a_gpu_float32_may_mean_tf32(monkeypatch, allowed):
+    monkeypatch.setattr(observation, "uses_tf32", lambda: allowed)
+    on_gpu = SimpleNamespace(dtype=torch.float32, device=torch.device("cuda"))
+    single = torch.finfo(torch.float32).eps
+    assert observation._coarsest_epsilon([on_gpu]) == (2**-10 if allowed else single)
+    assert observation._coarsest_epsilon([torch.empty(1)]) == single
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,9 @@ from torch.utils._pytree import tree_leaves
 
 from ganvas.nn.fused import FusedSequential, runs_fused
 from ganvas.nn.tracing import is_converted
+from ganvas.ops.backends.triton.precision import uses_tf32
+
+_TF32_EPSILON = 2.0**-10
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,8 @@ class Observation:
     statistics: dict[str, Tensor]
     gradients: dict[str, Tensor | None]
     epsilon: float
-    """Machine epsilon of the coarsest dtype among parameters, outputs and an enclosing autocast."""
+    """Machine epsilon of the coarsest dtype among parameters, outputs and an enclosing autocast; TF32's where
+    convolutions multiply in it."""
 
 
 def observe(model: nn.Module, arguments: tuple[Any, ...], *, training: bool, perturbed: bool = False) -> Observation:
@@ -85,7 +89,9 @@ def _coarsest_epsilon(tensors: list[Tensor]) -> float:
     for device_type in {tensor.device.type for tensor in tensors}:
         if torch.is_autocast_enabled(device_type):
             dtypes.add(torch.get_autocast_dtype(device_type))
-    return max(torch.finfo(dtype).eps for dtype in dtypes)
+    coarsest = max(torch.finfo(dtype).eps for dtype in dtypes)
+    on_gpu = any(tensor.device.type == "cuda" and tensor.dtype is torch.float32 for tensor in tensors)
+    return max(coarsest, _TF32_EPSILON) if on_gpu and uses_tf32() else coarsest
 
 
 @contextmanager
