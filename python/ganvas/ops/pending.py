@@ -37,6 +37,18 @@ class Pending(NamedTuple):
     normalised: bool = True
     """False: there is no norm, scale and shift are 1 and 0."""
 
+    @property
+    def norm(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor, bool, float]:
+        """What a norm's backward pass takes of it: stored, γ, β, mean, var, whether those are the batch's, eps."""
+        assert self.mean is not None
+        assert self.var is not None
+        return self.stored, self.weight, self.bias, self.mean, self.var, self.batch_statistics, self.eps
+
+    @property
+    def groups(self) -> int:
+        """G; 1 without scale and shift."""
+        return 1 if self.scale is None else self.scale.shape[0]
+
 
 class PendingGradient(NamedTuple):
     """dL/d stored = (alpha*grad + beta*x + delta)·kink of a pending activation, where x is ``stored`` and the kink 1.

@@ -21,7 +21,7 @@ _MOST_BYTES = 64 * 2**20  # of a tensor that is measured where the given one is 
 def _batch_norm_leaky_relu(input: Tensor) -> StepOnGPU:
     batch, channels, *sides = input.shape
     bytes_of_one = max(1, input.element_size() * channels * torch.Size(sides).numel())
-    batch = _power_of_two(min(batch, _MOST_BYTES // bytes_of_one))
+    batch = tuning.power_of_two(min(batch, _MOST_BYTES // bytes_of_one))
     if batch * torch.Size(sides).numel() == 1:
         batch = 2  # statistics of one value are no statistics
 
@@ -55,7 +55,7 @@ def _generator_loss(logits: Tensor) -> StepOnGPU:
 
 
 def _loss(name: str, logits: Tensor, loss: Callable[..., Tensor], arguments: int) -> StepOnGPU:
-    count = _power_of_two(min(logits.numel(), _MOST_BYTES // logits.element_size()))
+    count = tuning.power_of_two(min(logits.numel(), _MOST_BYTES // logits.element_size()))
 
     def ways() -> tuple[Way, Way]:
         uniform = _uniform(logits)
@@ -85,11 +85,6 @@ def _uniform(like: Tensor) -> Callable[..., Tensor]:
     generator = torch.Generator(like.device).manual_seed(0)
     options: Any = {"dtype": like.dtype, "device": like.device}
     return lambda *shape: torch.empty(shape, **options).uniform_(-1, 1, generator=generator)
-
-
-def _power_of_two(count: int) -> int:
-    """The next lower one."""
-    return 1 << (max(count, 1).bit_length() - 1)
 
 
 steps_on_gpu["batch_norm_leaky_relu"] = _batch_norm_leaky_relu

@@ -144,6 +144,11 @@ def remembered(case: Case, measure: Callable[[], Entry]) -> Entry:
         return entry
 
 
+def power_of_two(count: int) -> int:
+    """The next lower one, at least 1: counts between two of them share a choice."""
+    return 1 << max(count.bit_length() - 1, 0)
+
+
 def decided(key: Any, decision: Any) -> Any:
     """``decision``, kept in :data:`decisions` until there are too many or :func:`clear` is called."""
     if len(decisions) >= _MOST_DECISIONS:

@@ -128,7 +128,7 @@ def _representative(geometry: Geometry, weight: torch.Size, input: torch.Size, t
     work = _multiplications(geometry, weight, image)
     enough = max(threads * _MOST_MULTIPLICATIONS // work, _ENOUGH_PIXELS * weight.numel() // work)
     most = min(batch, enough, _MOST_BYTES // (4 * values))
-    return torch.Size((1 << max(most.bit_length() - 1, 0), *image[1:]))
+    return torch.Size((tuning.power_of_two(most), *image[1:]))
 
 
 def _multiplications(geometry: Geometry, weight: torch.Size, input: torch.Size) -> int:

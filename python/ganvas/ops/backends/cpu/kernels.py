@@ -27,7 +27,7 @@ class Kernels(NamedTuple):
         """``output``, filled."""
         bias = float32(bias)
         self.forward_kernel(
-            *_input_arguments(padding, input, weight, _groups(input)), weight.data_ptr(), weight.stride(),
+            *_input_arguments(padding, input, weight, input.groups), weight.data_ptr(), weight.stride(),
             address(bias), output.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         return output
@@ -64,7 +64,7 @@ class Kernels(NamedTuple):
         self, padding: int, grad_output: Tensor, weight: Tensor, input: Pending
     ) -> tuple[Tensor, Tensor]:
         """g = dL/d(scale*x + shift) of the pending input, and Σg and Σg·(x − mean), (2, G, Cin)."""
-        stored, groups = input.stored, _groups(input)
+        stored, groups = input.stored, input.groups
         grad_input = torch.empty_like(stored)
         sums = empty(2, groups, stored.shape[1])
         self.backward_input_kernel(
@@ -78,14 +78,10 @@ class Kernels(NamedTuple):
     def backward_weight(self, padding: int, grad_output: Tensor, gradient: Tensor, input: Pending) -> Tensor:
         """``gradient``, like the weight, filled."""
         self.backward_weight_kernel(
-            *_input_arguments(padding, input, gradient, _groups(input)), grad_output.data_ptr(), gradient.data_ptr(),
+            *_input_arguments(padding, input, gradient, input.groups), grad_output.data_ptr(), gradient.data_ptr(),
             gradient.stride(), torch.get_num_threads(),
         )  # fmt: skip
         return gradient
-
-
-def _groups(input: Pending) -> int:
-    return 1 if input.scale is None else input.scale.shape[0]
 
 
 def _input_arguments(padding: int, input: Pending, weight: Tensor, groups: int) -> Any:

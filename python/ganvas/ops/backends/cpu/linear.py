@@ -69,7 +69,7 @@ def _measure(rows: int, out_features: int, in_features: int, direction: Directio
     threads = torch.get_num_threads()
     if not tuning.applies(threads):
         return True
-    rows = 1 << (rows.bit_length() - 1)  # so that the last batch of an epoch need not be measured too
+    rows = tuning.power_of_two(rows)  # so that the last batch of an epoch need not be measured too
     case = tuning.Case(direction, "linear", "float32", "cpu", threads, rows, in_features, out_features, 1, 1)
     return tuning.measured(case, lambda: _candidates(rows, out_features, in_features, direction)).native
 

@@ -48,22 +48,13 @@ def activate_add_backward(
     grad: Tensor, output: Tensor | None, pending: Pending
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """From the result's gradient: those of ``stored``, γ, β and the residual. A slope of 1 needs no ``output``."""
-    assert pending.mean is not None
-    assert pending.var is not None
-    return batch_norm_add_backward(
-        grad, grad if output is None else output, pending.stored, pending.weight, pending.bias, pending.mean,
-        pending.var, pending.batch_statistics, pending.eps, pending.negative_slope, pending.mean.shape[0],
-    )  # fmt: skip
+    side = grad if output is None else output
+    return batch_norm_add_backward(grad, side, *pending.norm, pending.negative_slope, pending.groups)
 
 
 def activate_backward(grad: Tensor, pending: Pending) -> tuple[Tensor, Tensor, Tensor]:
     """From the activation's gradient: those of ``stored``, γ and β."""
-    assert pending.mean is not None
-    assert pending.var is not None
-    return batch_norm_backward(
-        grad, pending.stored, pending.weight, pending.bias, pending.mean, pending.var, pending.batch_statistics,
-        pending.eps, pending.negative_slope, pending.activation_first, pending.mean.shape[0],
-    )  # fmt: skip
+    return batch_norm_backward(grad, *pending.norm, pending.negative_slope, pending.activation_first, pending.groups)
 
 
 def settle(grad: Tensor, sums: Tensor, pending: Pending) -> tuple[Tensor, Tensor, Tensor]:

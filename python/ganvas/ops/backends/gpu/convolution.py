@@ -156,7 +156,7 @@ def _representative(geometry: Geometry, weight: torch.Size, input: torch.Size, d
     image = torch.Size((1, *input[1:]))
     values = max(image.numel(), geometry.output_shape(image, weight).numel())
     most = max(1, min(input[0], _MOST_BYTES // (values * dtype.itemsize)))
-    return torch.Size((1 << (most.bit_length() - 1), *input[1:]))
+    return torch.Size((tuning.power_of_two(most), *input[1:]))
 
 
 def _name(geometry: Geometry, weight: torch.Size) -> str:
