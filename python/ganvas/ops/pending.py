@@ -64,6 +64,11 @@ class PendingGradient(NamedTuple):
     negative_slope: float = 1.0
     activation_first: bool = False
 
+    @property
+    def groups(self) -> int:
+        """G."""
+        return self.alpha.shape[0]
+
 
 def statistics(groups: int, like: Tensor) -> Tensor:
     """Uninitialised (mean, var, scale, shift): four rows of (G, C) float32, one allocation; C is that of ``like``."""

@@ -109,7 +109,7 @@ def forward(
         TypeError: the input's dtype is not float32, bfloat16 or float16, or scale and shift are not float32.
         ValueError: a shape, memory layout or device does not fit, or there is no kernel for the convolution.
     """
-    groups = _groups(input)
+    groups = input.groups
     _check_input(geometry, input, weight, groups)
     output = _empty(geometry.output_shape(input.stored.shape, weight.shape), input.stored)
     _forward(geometry, input, weight, bias, output, groups, None, configuration)
@@ -174,7 +174,7 @@ def backward_input(
         TypeError, ValueError: as :func:`forward`.
     """
     gradient = grad_output if isinstance(grad_output, PendingGradient) else Pending(grad_output)
-    groups = _groups(input if isinstance(gradient, Pending) or input.scale is not None else gradient)
+    groups = (input if isinstance(gradient, Pending) or input.scale is not None else gradient).groups
     _check_input(geometry, input, weight, groups)
     _check_gradient(geometry, gradient, weight, input, groups)
     stored = input.stored
@@ -227,11 +227,6 @@ def _packed(weight: Tensor, gather: Gather, geometry: Geometry, dtype: torch.dty
 
 def _empty(shape: torch.Size, like: Tensor) -> Tensor:
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
-
-
-def _groups(of: Pending | PendingGradient) -> int:
-    per_channel = of.alpha if isinstance(of, PendingGradient) else of.scale
-    return 1 if per_channel is None else per_channel.shape[0]
 
 
 def _check_input(geometry: Geometry, input: Pending, weight: Tensor, groups: int) -> None:
