@@ -133,13 +133,17 @@ def test_on_a_gpu_the_automatic_choice_is_measured_once(imagined_gpu, measured, 
     assert selection.choose(op, smaller, "cuda") == "cuda"
 
 
-def test_on_a_gpu_a_wrong_kernel_and_one_that_does_not_fit_are_left_alone(imagined_gpu, measured):
+def test_on_a_gpu_a_wrong_kernel_and_one_that_does_not_fit_are_left_alone(imagined_gpu, measured, caplog):
     logits = torch.empty(4, device=imagined_gpu)
     measured.kernel = None
     assert selection.choose("generator_loss", logits, None) == "reference"
-    assert ops.explain("generator_loss", logits)["cuda"] == "it gave a wrong result here"
+    assert "failed or gave a wrong result" in ops.explain("generator_loss", logits)["cuda"]
     measured.error = torch.OutOfMemoryError("full")
-    assert selection.choose("discriminator_loss", logits, None) == "reference"
+    for _ in range(2):
+        assert selection.choose("discriminator_loss", logits, None) == "reference"
+    assert measured.measurements == 2
+    (record,) = (record for record in caplog.records if record.levelno == logging.WARNING)
+    assert record.message.startswith("there is no memory for measuring Case(direction='step'")
 
 
 def test_whether_there_is_a_kernel_is_told_without_measuring(imagined_gpu, measured, monkeypatch):
@@ -174,6 +178,59 @@ def test_a_device_is_asked_once_whether_the_kernels_run_there(imagined_gpu, monk
         reason = cuda.can_run("generator_loss", torch.empty(4, device=imagined_gpu))
         assert reason == "CUDA refuses the kernels: the driver is too old"
     assert asked == [0]
+
+
+UNUSABLE = [
+    ("build", "ganvas was built without CUDA kernels"),
+    ("driver", "CUDA refuses the kernels: cudaErrorInsufficientDriver, CUDA driver version is insufficient"),
+    ("generation", "the CUDA kernels need compute capability 8.0; got 7.5"),
+]
+
+
+@pytest.fixture(params=UNUSABLE, ids=[name for name, _ in UNUSABLE])
+def unusable(request, imagined_gpu, monkeypatch) -> str:
+    """Why the GPU takes no kernel."""
+    what, reason = request.param
+    if what == "build":
+        monkeypatch.setattr(cuda, "MISSING", reason)
+    elif what == "driver":
+        monkeypatch.setattr(cuda.native, "cuda_refusal", lambda index: reason.partition(": ")[2])
+    else:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    return reason
+
+
+def test_a_gpu_that_takes_no_kernel_runs_plain_torch_and_one_warning_says_why(imagined_gpu, unusable, caplog):
+    logits, maps = torch.empty(4, device=imagined_gpu), torch.empty(2, 3, 4, 4, device=imagined_gpu)
+    for _ in range(2):
+        assert selection.choose("generator_loss", logits, None) == "reference"
+        assert selection.choose("batch_norm_leaky_relu", maps, None) == "reference"
+        assert selection.choose("conv_bn_leaky_relu", maps, None) == "reference"
+    assert [(record.levelname, record.message) for record in caplog.records] == [
+        ("WARNING", f"on cuda:0 ganvas runs as plain torch: {unusable}")
+    ]
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_a_backend_that_is_asked_for_raises_with_what_the_gpu_lacks(imagined_gpu, unusable, monkeypatch, backend):
+    monkeypatch.setattr(triton, "is_installed", lambda: True)
+    maps = torch.empty(2, 3, 4, 4, device=imagined_gpu)
+    with pytest.raises(ValueError, match=f"backend='{backend}' cannot run conv_bn_leaky_relu: {unusable}"):
+        selection.choose("conv_bn_leaky_relu", maps, backend)
+    monkeypatch.setenv("GANVAS_BACKEND", backend)
+    with pytest.raises(ValueError, match=f"GANVAS_BACKEND='{backend}' cannot run generator_loss: {unusable}"):
+        ops.generator_loss(maps)
+
+
+def test_tritons_convolutions_have_the_cuda_kernels_around_them(imagined_gpu, monkeypatch):
+    logits = torch.empty(4, device=imagined_gpu)
+    with pytest.raises(ValueError, match=r"backend='triton' cannot run generator_loss: .* has none"):
+        selection.choose("generator_loss", logits, "triton")
+    monkeypatch.setenv("GANVAS_BACKEND", "triton")
+    assert selection.choose("generator_loss", logits, None) == "triton"
+    assert ops.explain("generator_loss", logits)["triton"] is None
+    with pytest.raises(ValueError, match=r"GANVAS_BACKEND='triton' cannot run generator_loss: .*float64"):
+        selection.choose("generator_loss", logits.double(), None)
 
 
 def test_an_older_or_another_makers_gpu_is_refused(imagined_gpu, monkeypatch):

@@ -2,7 +2,9 @@
 
 A backend is a folder under :mod:`ganvas.ops.backends` with one function ``can_run(op, tensor)`` that returns ``None``,
 or the reason why it cannot. ``GANVAS_BACKEND=reference|cpu|triton|cuda`` (or the ``backend`` argument of an op) forces
-one: it then raises where it cannot run. An automatic choice falls back to ``reference`` and says so once per reason.
+one: it then raises where it cannot run. An automatic choice falls back to ``reference`` and says so once per reason: as
+a warning where a GPU is there that takes none of the kernels. ``GANVAS_BACKEND=triton`` is Triton's convolutions with
+the CUDA kernels around them, which it therefore names for operations that are no convolutions too.
 
 On a GPU an automatic choice is a measured one: the first time that an op meets a shape, its kernel and plain torch do
 one step on random values, and the kernel is taken where it is right and not slower. ``GANVAS_AUTOTUNE=0`` takes it
@@ -77,7 +79,11 @@ def choose(op: str, tensor: Tensor, backend: str | None) -> str:
             return name
         reasons.append(f"{name}: {reason}")
     if not torch.compiler.is_compiling():
-        _say_once(f"{op} runs as plain torch ({'; '.join(reasons)})")
+        unusable = cuda.unusable(tensor.device) if tensor.is_cuda else None
+        if unusable is None:
+            _say_once(f"{op} runs as plain torch ({'; '.join(reasons)})")
+        else:
+            _say_once(f"on {tensor.device} ganvas runs as plain torch: {unusable}", logging.WARNING)
     return "reference"
 
 
@@ -118,6 +124,8 @@ def _environment(name: str) -> str | None:
 def _refusal(name: str, op: str, tensor: Tensor) -> str | None:
     if name not in _CAN_RUN:
         return None
+    if name == "triton" and op != "conv_bn_leaky_relu" and _environment("GANVAS_BACKEND") == "triton":
+        name = "cuda"
     return _CAN_RUN[name](op, tensor) or _unseen_by_kernels()
 
 
@@ -145,7 +153,7 @@ def _why_not_unasked(op: str, tensor: Tensor, *, measures: bool) -> str | None:
     if entry.native:
         return None
     return (
-        "it gave a wrong result here"
+        "it failed or gave a wrong result here, as the log says"
         if entry.native_ms is None
         else (f"torch is faster here: {entry.torch_ms:.3f} ms against {entry.native_ms:.3f} ms")
     )
@@ -159,11 +167,13 @@ def _measured(step: StepOnGPU, device: torch.device) -> tuning.Entry:
     try:
         return tuning.remembered(step.case, measure)
     except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        return tuning.Entry(step.case, None, 1.0)
+        pass
+    torch.cuda.empty_cache()  # not before: the exception held what had been allocated
+    _log.warning("there is no memory for measuring %s, which runs as plain torch in this process", step.case)
+    return tuning.Entry(step.case, None, 1.0)
 
 
-def _say_once(message: str) -> None:
+def _say_once(message: str, level: int = logging.INFO) -> None:
     if message not in _said:
         _said.add(message)
-        _log.info(message)
+        _log.log(level, message)

@@ -41,6 +41,11 @@ def can_run(op: str, tensor: Tensor) -> str | None:
     return _device_refusal(tensor.device.index)
 
 
+def unusable(device: torch.device) -> str | None:
+    """Why none of the kernels runs on this GPU: the build, the GPU or its driver; None if they do."""
+    return MISSING or _device_refusal(device.index)
+
+
 @torch.compiler.assume_constant_result
 def _device_refusal(index: int) -> str | None:
     if index not in _device_refusals:
@@ -59,4 +64,4 @@ def _ask_device(index: int) -> str | None:
     return f"CUDA refuses the kernels: {refusal}" if refusal else None
 
 
-__all__ = ["MISSING", "batch_norm_leaky_relu", "can_run", "gan_loss"]
+__all__ = ["MISSING", "batch_norm_leaky_relu", "can_run", "gan_loss", "unusable"]
