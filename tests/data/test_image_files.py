@@ -1,6 +1,7 @@
 """One image file to a square tensor: modes, transparency, orientation, cropping, and files that must be refused."""
 
 import io
+import multiprocessing
 import struct
 import warnings
 import zlib
@@ -10,7 +11,7 @@ import pytest
 import torch
 from PIL import Image, PngImagePlugin
 
-from ganvas.data import read_image
+from ganvas.data import image_files, read_image
 from ganvas.data.image_files import decode_files
 
 
@@ -179,15 +180,46 @@ def test_another_format_under_a_png_name_is_not_decoded(tmp_path, format):
         read_image(path, 8, 3)
 
 
-@pytest.mark.parametrize("side", [8, 128], ids=["one thread", "thread pool"])
-def test_many_files_are_decoded_in_their_order_and_failures_reported_by_index(tmp_path, side):
-    noise = np.random.default_rng(0).integers(0, 256, (200, side, side), dtype=np.uint8)
+@pytest.fixture
+def two_cores(monkeypatch):
+    """On any machine; and 200 files are many. Returns how often processes were started."""
+    started = []
+    decode_in_processes = image_files.decode_in_processes
+    monkeypatch.setattr(image_files, "available_cores", lambda: 2)
+    monkeypatch.setattr(image_files, "MANY_FILES", 200)
+    monkeypatch.setattr(image_files, "CHUNK", 20)
+    monkeypatch.setattr(
+        image_files, "decode_in_processes", lambda *args: started.append(len(args[1])) or decode_in_processes(*args)
+    )
+    return started
+
+
+@pytest.mark.parametrize(
+    ("side", "count", "processes"),
+    [(8, 199, 0), (8, 201, 1), (128, 201, 0)],
+    ids=["one thread", "processes", "threads"],
+)
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+def test_many_files_are_decoded_in_their_order_and_failures_reported_by_index(
+    tmp_path, two_cores, side, count, processes, layout
+):
+    noise = np.random.default_rng(0).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
     paths = [write(tmp_path / f"{i}.png", noise[i]) for i in range(len(noise))]
     paths[70].write_bytes(b"")
-    paths[199].unlink()
-    images = np.zeros((200, 1, side, side), dtype=np.uint8)
-    failures = decode_files(paths, side, 1, images)
-    assert failures == {70: "not a PNG, JPEG or WebP image", 199: "No such file or directory"}
-    good = [i for i in range(200) if i not in failures]
-    assert np.array_equal(images[good, 0], noise[good])
-    assert not images[[70, 199]].any()
+    paths[198].unlink()
+    expected = {70: "not a PNG, JPEG or WebP image", 198: "No such file or directory"}
+    images = np.zeros((count, 3, side, side), dtype=np.uint8)
+    if layout == "nhwc":
+        images = np.zeros((count, side, side, 3), dtype=np.uint8).transpose(0, 3, 1, 2)
+    assert decode_files(paths, side, 3, images) == expected
+    assert decode_files(paths, side, 3, None) == expected
+    good = [i for i in range(count) if i not in expected]
+    assert np.array_equal(images[good].transpose(0, 2, 3, 1), noise[good])
+    assert not images[[70, 198]].any()
+    assert len(two_cores) == 2 * processes
+
+
+def test_files_are_decoded_in_a_process_that_may_start_none(tmp_path, two_cores):
+    path = write(tmp_path / "a.png", Image.new("L", (8, 8), 9))
+    with multiprocessing.get_context("fork").Pool(1) as pool:  # whose processes are daemons, as a DataLoader's are
+        assert pool.apply(decode_files, ([path] * 200, 8, 1, None)) == {}

@@ -7,10 +7,14 @@ full, or if it has more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``: Pillow only 
 
 from __future__ import annotations
 
+import itertools
+import multiprocessing
 import os
+import signal
 import warnings
+from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +29,13 @@ strangers' files."""
 DRAFT_MARGIN = 2
 """A JPEG may be decoded at 1/2, 1/4 or 1/8 as long as it stays this many times larger than the wanted size."""
 CHUNK = 64
-"""Files decoded per task of the thread pool."""
+"""Files decoded per task of a pool."""
+CHUNKS_AHEAD = 4
+"""Chunks per process that are decoded or under way before they are copied."""
 SMALL_FILE_BYTES = 16 * 1024
 """Below this mean size the interpreter, not the decoder, is the bottleneck, and threads only fight for its lock."""
+MANY_FILES = 2000
+"""Small files from which on processes are worth being started."""
 MODES = {1: "L", 3: "RGB"}
 
 
@@ -49,25 +57,70 @@ def read_image(path: str | os.PathLike[str], size: int, channels: int) -> Tensor
 def decode_files(paths: Sequence[Path], size: int, channels: int, images: np.ndarray | None) -> dict[int, str]:
     """Decode many files into ``images`` (N, channels, size, size) uint8, or with None only try whether they can be.
 
+    On all cores: in threads, or, where there are many small files, in forked processes.
+
     Returns index -> reason for the files that are unreadable; their places in ``images`` are left as they were.
     """
-    failures: dict[int, str] = {}
-
-    def decode_chunk(start: int) -> None:
-        for index in range(start, min(start + CHUNK, len(paths))):
-            try:
-                pixels = decode(paths[index], size, channels)
-            except Exception as error:  # see read_image
-                failures[index] = reason(error)
-                continue
-            if images is not None:
-                images[index] = pixels
-
-    with warnings.catch_warnings():  # around the pool: the filters belong to the process, not to a thread
+    chunks = [range(start, min(start + CHUNK, len(paths))) for start in range(0, len(paths), CHUNK)]
+    small = are_small(paths)
+    with warnings.catch_warnings():  # around the pools: the filters belong to the process, not to a thread
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        with ThreadPoolExecutor(num_decoding_threads(paths)) as pool:
-            for _ in pool.map(decode_chunk, range(0, len(paths), CHUNK)):
-                pass
+        if small and len(paths) >= MANY_FILES and available_cores() > 1 and can_fork():
+            return decode_in_processes(chunks, paths, size, channels, images)
+        failures: dict[int, str] = {}
+        with ThreadPoolExecutor(1 if small else available_cores()) as pool:
+            for failed in pool.map(lambda chunk: decode_chunk(chunk, paths, size, channels, images), chunks):
+                failures |= failed
+        return failures
+
+
+def decode_in_processes(
+    chunks: Sequence[range], paths: Sequence[Path], size: int, channels: int, images: np.ndarray | None
+) -> dict[int, str]:
+    """:func:`decode_files` by a process per core, a few chunks ahead of what has been copied into ``images``."""
+    failures: dict[int, str] = {}
+    cores = available_cores()
+    with warnings.catch_warnings():
+        # Of threads at a fork: the children run Pillow and NumPy, whose locks no thread of this process holds.
+        warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
+        pool = ProcessPoolExecutor(cores, multiprocessing.get_context("fork"), initializer=ignore_interrupts)
+        with pool:
+            results: deque[Future[tuple[dict[int, str], np.ndarray | None]]] = deque()
+            started = iter(chunks)
+            for chunk in chunks:
+                for ahead in itertools.islice(started, CHUNKS_AHEAD * cores - len(results)):
+                    files = [paths[index] for index in ahead]
+                    results.append(pool.submit(decode_apart, files, size, channels, keep=images is not None))
+                failed, pixels = results.popleft().result()
+                failures |= {chunk[index]: text for index, text in failed.items()}
+                if images is not None and pixels is not None:
+                    readable = [index for index in range(len(chunk)) if index not in failed]
+                    images[chunk.start : chunk.stop][readable] = pixels.transpose(0, 3, 1, 2)[readable]
+    return failures
+
+
+def decode_apart(
+    paths: Sequence[Path], size: int, channels: int, *, keep: bool
+) -> tuple[dict[int, str], np.ndarray | None]:
+    """What another process sends back: index -> reason of unreadable files, and (N, size, size, channels) pixels."""
+    pixels = np.empty((len(paths), size, size, channels), dtype=np.uint8) if keep else None
+    images = None if pixels is None else pixels.transpose(0, 3, 1, 2)
+    return decode_chunk(range(len(paths)), paths, size, channels, images), pixels
+
+
+def decode_chunk(
+    chunk: range, paths: Sequence[Path], size: int, channels: int, images: np.ndarray | None
+) -> dict[int, str]:
+    """:func:`decode_files` for the files of the indices in ``chunk``."""
+    failures: dict[int, str] = {}
+    for index in chunk:
+        try:
+            pixels = decode(paths[index], size, channels)
+        except Exception as error:  # see read_image
+            failures[index] = reason(error)
+            continue
+        if images is not None:
+            images[index] = pixels
     return failures
 
 
@@ -116,12 +169,20 @@ def reason(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
-def num_decoding_threads(paths: Sequence[Path]) -> int:
-    """One thread per core that this process may use, but a single one for small files."""
+def are_small(paths: Sequence[Path]) -> bool:
+    """Whether the files are so small that threads would do nothing but wait for the interpreter's lock."""
     sample = [os.path.getsize(path) for path in paths[:: max(1, len(paths) // 100)] if path.is_file()]
-    if not sample or sum(sample) / len(sample) < SMALL_FILE_BYTES:
-        return 1
-    return available_cores()
+    return not sample or sum(sample) / len(sample) < SMALL_FILE_BYTES
+
+
+def can_fork() -> bool:
+    """Whether this process may have forked ones; a DataLoader's worker may have none."""
+    return "fork" in multiprocessing.get_all_start_methods() and not multiprocessing.current_process().daemon
+
+
+def ignore_interrupts() -> None:
+    """Ctrl-C reaches every process of the terminal: the one that decodes for another leaves it to that one."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def available_cores() -> int:
