@@ -9,7 +9,7 @@
 
 #include <algorithm>
 
-#include "error.h"
+#include "launch.h"
 #include "vector.h"
 
 namespace ganvas::cuda {
@@ -20,8 +20,8 @@ constexpr int threads = 512;
 constexpr int warps = threads / warp_size;
 constexpr int logits_per_thread = 4;  // loads on their way at once
 constexpr int logits_per_chunk = threads * logits_per_thread;
-constexpr int blocks_per_multiprocessor = 2;  // __launch_bounds__ keeps registers few enough for it on any GPU
-constexpr Index chunks_for_one_block = 8;     // estimated: up to here the barrier costs more than other blocks save
+constexpr int most_blocks = 2;  // of a multiprocessor: __launch_bounds__ keeps registers few enough on any GPU
+constexpr Index chunks_for_one_block = 8;  // estimated: up to here the barrier costs more than other blocks save
 
 struct Math {
     // softplus(x) = max(x, 0) + log(1 + e^-|x|), and its derivative, the sigmoid. NaN goes through both.
@@ -150,8 +150,7 @@ __device__ Sums block_sum(Sums sums) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(threads, blocks_per_multiprocessor)
-    gan_loss_kernel(const __grid_constant__ Args<T> args) {
+__global__ void __launch_bounds__(threads, most_blocks) gan_loss_kernel(const __grid_constant__ Args<T> args) {
     const Index first = args.part[0].chunks(), chunks = first + args.part[1].chunks();
     Sums sums{};
     for (Index chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
@@ -177,16 +176,22 @@ __global__ void __launch_bounds__(threads, blocks_per_multiprocessor)
     args.metrics[3] = static_cast<float>(sums.fake_negative * fake_mean);
 }
 
+// How many blocks run at once, of those that are worth it. A debugger's or a sanitizer's additions to the kernel may
+// leave less room than its own registers do.
+template <class T>
+Index resident_blocks(const char* name, Queue queue) {
+    int blocks = 0;
+    check(name, cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, gan_loss_kernel<T>, threads, 0));
+    return Index{multiprocessors(name, queue)} * std::min(blocks, most_blocks);
+}
+
 template <class T>
 void launch(const char* name, const Args<T>& args, Queue queue) {
     check(name, cudaSetDevice(queue.device));
     const Index chunks = args.part[0].chunks() + args.part[1].chunks();
     Index blocks = 1;
-    if (chunks > chunks_for_one_block) {
-        int multiprocessors = 0;
-        check(name, cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, queue.device));
-        blocks = std::min<Index>({chunks, gan_loss_max_blocks, multiprocessors * blocks_per_multiprocessor});
-    }
+    if (chunks > chunks_for_one_block)
+        blocks = std::min({chunks, Index{gan_loss_max_blocks}, resident_blocks<T>(name, queue)});
     cudaLaunchAttribute cooperative{};
     cooperative.id = cudaLaunchAttributeCooperative;
     cooperative.val.cooperative = 1;

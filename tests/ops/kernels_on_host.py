@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -49,6 +50,8 @@ class FencedMemory:
         """NaN, or 255: what is not written is noticed."""
         strides = torch.empty(shape, device="meta", memory_format=memory_format).stride()
         count = torch.Size(shape).numel()
+        if count == 0:
+            return torch.empty(shape, dtype=dtype)
         size = count * dtype.itemsize
         pages = -(-(size + self.before) // mmap.PAGESIZE) * mmap.PAGESIZE
         memory = mmap.mmap(-1, pages + mmap.PAGESIZE)
@@ -106,6 +109,12 @@ class HostNative:
 
         return call
 
+    def vectors_moved(self, call: Callable[[], Any]) -> tuple[Any, int, int]:
+        """Its result, and how many whole vectors of 16 bytes its kernels read and wrote."""
+        self.library.vectors_read(), self.library.vectors_written()
+        result = call()
+        return result, self.library.vectors_read(), self.library.vectors_written()
+
     def in_both_orders(self, call: Callable[[], list[Tensor]]) -> list[list[Tensor]]:
         """Its results with each block's threads taking turns from the first to the last, and from the last."""
         results = []
@@ -122,12 +131,26 @@ class HostNative:
         return getattr(value, "value", value) or 0
 
 
+def check_arguments(name: str, types: str) -> None:
+    """That ``ganvas._native``'s function is called as the one of :class:`HostNative` that stands for it.
+
+    An address, a size and a device's number are integers there.
+    """
+    native = pytest.importorskip("ganvas._native")
+    if not hasattr(native, name):
+        pytest.skip("built without CUDA kernels")
+    arguments = re.split(r"arg\d+: ", getattr(native, name).__doc__.split(") ->")[0])[1:]
+    kinds = {"SupportsFloat": "f", "Sequence": "s", "bool": "i", "_native.": "i", "SupportsInt": "[lpi]"}
+    found = [next(letter for word, letter in kinds.items() if word in argument) for argument in arguments]
+    assert re.fullmatch("".join(found), types.removeprefix("L")), f"{name} takes {found}, is called with {types}"
+
+
 def stand_in(patch: pytest.MonkeyPatch, module: Any, native: HostNative, memory: FencedMemory) -> Any:
     """``module`` of ``ganvas.ops.backends.cuda`` with its kernels on the processor and its results in ``memory``."""
     replacements = {
         "native": native,
         "enqueue": lambda kernel, like, *arguments: kernel(*arguments, 0, 0),
-        "empty": lambda like, *shape: memory.empty(shape, torch.float32),
+        "empty": lambda like, *shape, dtype=torch.float32: memory.empty(shape, dtype),
         "empty_pixels": lambda like, shape, dtype: memory.empty(shape, dtype, torch.channels_last),
         "empty_like": memory.empty_like,
         "workspace": lambda like, size: memory.empty((size // 4,), torch.float32) if size else None,

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from kernels_on_host import DTYPES, FencedMemory, HostNative, compiled, needs_compiler, stand_in
+from kernels_on_host import DTYPES, FencedMemory, HostNative, check_arguments, compiled, needs_compiler, stand_in
 from torch import Tensor
 
 from ganvas.ops.backends import reference
@@ -30,6 +30,11 @@ FUNCTIONS = {
     "finish_statistics_workspace_cuda": "Llll",
     "finish_statistics_cuda": "lllpppppfppfppppplip",
 }
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_the_native_module_takes_the_same_arguments(name):
+    check_arguments(name, FUNCTIONS[name])
 
 
 @pytest.fixture(scope="module")
@@ -368,6 +373,38 @@ def test_few_launches(kernels, host, shape, launches):
     _, of_evaluation = counted(kernels.evaluate, x, None, None, mean[0], var[0], EPS, 0.2, False)
     _, of_backward = counted(kernels.backward, grad, x, None, None, mean, var, True, EPS, 0.2, False, 1)
     assert (of_training, of_evaluation, of_backward) == launches
+
+
+@pytest.mark.parametrize("shape", [(128, 64, 2, 2), (13, 64, 9, 8)])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation_first", [False, True])
+def test_each_byte_moves_once_in_a_pass(kernels, host, shape, dtype, activation_first):
+    x, grad = (torch.randn(shape).to(dtype).contiguous(memory_format=torch.channels_last) for _ in range(2))
+    size = x.nbytes // 16
+    options = (EPS, 0.2, activation_first)
+
+    def moved(call, *arguments):
+        result, read, written = host.vectors_moved(lambda: call(*arguments))
+        return result, (read / size, written / size)
+
+    (_, mean, var), of_training = moved(kernels.train, x, None, None, *options, 1)
+    _, of_evaluation = moved(kernels.evaluate, x, None, None, mean[0], var[0], *options)
+    _, of_backward = moved(kernels.backward, grad, x, None, None, mean, var, True, *options, 1)
+    assert (of_training, of_evaluation, of_backward) == ((2, 1), (1, 1), (4, 1))
+
+
+@pytest.mark.parametrize("shape", [(128, 64, 2, 2), (13, 64, 9, 8)])
+def test_a_residual_is_read_once_and_its_gradient_written_once(kernels, host, shape):
+    x, residual, grad = (torch.randn(shape).contiguous(memory_format=torch.channels_last) for _ in range(3))
+    size = x.nbytes // 16
+    (output, mean, var), *of_training = host.vectors_moved(
+        lambda: kernels.add_train(x, None, None, residual, EPS, 0.2, 1)
+    )
+    _, *of_backward = host.vectors_moved(
+        lambda: kernels.add_backward(grad, output, x, None, None, mean, var, True, EPS, 0.2, 1)
+    )
+    assert of_training == [3 * size, size]
+    assert of_backward == [5 * size, 2 * size]  # the second pass reads the residual's gradient, not the output's
 
 
 def test_a_gpu_of_any_size_gives_the_same_numbers(kernels, host):

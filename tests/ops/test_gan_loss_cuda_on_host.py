@@ -5,94 +5,68 @@ What only a GPU shows is in ``tests/gpu``.
 
 from __future__ import annotations
 
-import ctypes
+from typing import Any
 
 import pytest
 import torch
-from kernels_on_host import DTYPES, FencedMemory, compiled, needs_compiler
+from kernels_on_host import FencedMemory, HostNative, check_arguments, compiled, needs_compiler, stand_in
 from torch import Tensor
 
 from ganvas.ops.backends import reference
 from ganvas.ops.gan_loss import KINDS
+
+pytest.importorskip("ganvas._native")
+
+from ganvas.ops.backends.cuda import gan_loss
 
 CHUNK = 2048  # logits_per_chunk
 ONE_BLOCK = 8 * CHUNK  # chunks_for_one_block
 pytestmark = needs_compiler
 
 
+FUNCTIONS = {
+    "discriminator_loss_cuda": "iifplplpppppip",
+    "generator_loss_cuda": "iipplppppip",
+}
+
+
 class KernelOnHost:
-    """Called as :mod:`ganvas.ops.backends.cuda.gan_loss` calls the real one; notices steps outside the arrays."""
+    """The module that calls the real kernel, calling this one, on memory that ends where the arrays do."""
 
-    guard = 64  # elements on either side of each result
-
-    def __init__(self, library: ctypes.CDLL) -> None:
-        self.library, self.memory = library, FencedMemory()
-        for function in (self.library.discriminator_loss, self.library.generator_loss):
-            function.restype = ctypes.c_char_p
+    def __init__(self, host: HostNative, memory: FencedMemory, losses: Any) -> None:
+        self.library, self._memory, self._losses = host.library, memory, losses
 
     def discriminator(self, real: Tensor, fake: Tensor, kind: str, smoothing: float = 0.0) -> list[Tensor]:
         """Loss, its gradients, metrics."""
-        real, fake = self.memory.copy(real), self.memory.copy(fake)
-        results = self._results(real.dtype, real.numel(), fake.numel(), 1)
-        results.append(self._results(torch.float32, 4)[0])
-        grad_real, grad_fake, loss, metrics = [buffer[self.guard : -self.guard] for buffer in results]
-        workspace = self._workspace()
-        self._raise(
-            self.library.discriminator_loss(
-                DTYPES.index(real.dtype), KINDS.index(kind), ctypes.c_float(smoothing),
-                *self._array(real), *self._array(fake), *map(self._address, (grad_real, grad_fake, loss, metrics)),
-                self._address(workspace),
-            )
-        )  # fmt: skip
-        self._check_guards(results)
-        return [loss[0], grad_real, grad_fake, metrics]
+        return list(self._losses.discriminator_loss(*map(self._memory.copy, (real, fake)), kind, smoothing))
 
     def generator(self, fake: Tensor, real: Tensor, kind: str) -> list[Tensor]:
         """Loss and its gradients."""
-        fake, real = self.memory.copy(fake), self.memory.copy(real)
-        results = self._results(fake.dtype, fake.numel(), real.numel(), 1)
-        grad_fake, grad_real, loss = [buffer[self.guard : -self.guard] for buffer in results]
-        pairs = kind == "relativistic"
-        if not pairs:
-            grad_real.zero_()
-        workspace = self._workspace()
-        self._raise(
-            self.library.generator_loss(
-                DTYPES.index(fake.dtype), KINDS.index(kind), self._address(fake),
-                self._address(real if pairs else None), ctypes.c_int64(fake.numel()), self._address(grad_fake),
-                self._address(grad_real if pairs else None), self._address(loss), self._address(workspace),
-            )
-        )  # fmt: skip
-        self._check_guards(results)
-        return [loss[0], grad_fake, grad_real]
+        fake, real = self._memory.copy(fake), self._memory.copy(real)
+        if kind == "relativistic":
+            return list(self._losses.generator_loss(fake, real, kind))
+        loss, grad_fake, grad_real = self._losses.generator_loss(fake, None, kind)
+        assert grad_real.numel() == 0
+        return [loss, grad_fake, torch.zeros_like(real)]
 
-    def _results(self, dtype: torch.dtype, *counts: int) -> list[Tensor]:
-        return [torch.full((count + 2 * self.guard,), float("nan"), dtype=dtype) for count in counts]
 
-    def _workspace(self) -> Tensor:
-        return torch.full((self.library.workspace_bytes() // 8,), float("nan"), dtype=torch.float64)
-
-    def _check_guards(self, results: list[Tensor]) -> None:
-        for buffer in results:
-            assert buffer[: self.guard].isnan().all()
-            assert buffer[-self.guard :].isnan().all()
-
-    @staticmethod
-    def _address(tensor: Tensor | None) -> ctypes.c_void_p:
-        return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
-
-    def _array(self, tensor: Tensor) -> tuple[ctypes.c_void_p, ctypes.c_int64]:
-        return self._address(tensor), ctypes.c_int64(tensor.numel())
-
-    @staticmethod
-    def _raise(message: bytes) -> None:
-        if message:
-            raise RuntimeError(message.decode())
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_the_native_module_takes_the_same_arguments(name):
+    check_arguments(name, FUNCTIONS[name])
 
 
 @pytest.fixture(scope="module")
-def kernel(tmp_path_factory) -> KernelOnHost:
-    return KernelOnHost(compiled(tmp_path_factory.mktemp("cuda_on_host"), "gan_loss"))
+def host(tmp_path_factory) -> HostNative:
+    native = HostNative(compiled(tmp_path_factory.mktemp("cuda_on_host"), "gan_loss", "gan_loss"), FUNCTIONS)
+    native.GAN_LOSS_WORKSPACE_BYTES = native.library.workspace_bytes()
+    return native
+
+
+@pytest.fixture
+def kernel(host, monkeypatch):
+    memory = FencedMemory()
+    yield KernelOnHost(host, memory, stand_in(monkeypatch, gan_loss, host, memory))
+    memory.check()
 
 
 def value_and_gradients(loss_of, *logits):
@@ -179,6 +153,16 @@ def test_one_launch_whose_blocks_all_run_at_once(kernel, counts, grid):
     kernel.discriminator(torch.randn(counts[0]), torch.randn(counts[1]), "hinge")
     assert kernel.library.launches() == before + 1
     assert kernel.library.last_grid() == grid
+
+
+def test_no_more_blocks_than_a_multiprocessor_has_room_for_wait_for_each_other(kernel):
+    real, fake = torch.randn(7 * CHUNK), torch.randn(2 * CHUNK)
+    expected = kernel.discriminator(real, fake, "bce")
+    kernel.library.set_resident_blocks(1)
+    results = kernel.discriminator(real, fake, "bce")
+    kernel.library.set_resident_blocks(2)
+    assert kernel.library.last_grid() == 3
+    torch.testing.assert_close(results, expected)
 
 
 def test_a_block_for_each_chunk_is_enough(kernel):

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernels_on_host import DTYPES, FencedMemory, HostNative, compiled, needs_compiler, stand_in
+from kernels_on_host import DTYPES, FencedMemory, HostNative, check_arguments, compiled, needs_compiler, stand_in
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -24,6 +24,11 @@ FUNCTIONS = {
     "max_pool_forward_cuda": "islpppppffippip",
     "max_pool_backward_cuda": "islpppppffippipppplip",
 }
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_the_native_module_takes_the_same_arguments(name):
+    check_arguments(name, FUNCTIONS[name])
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +154,16 @@ def test_slices_at_any_address_are_read_in_place(kernels, skipped, dtype):
     results = kernels.max_pool_backward(grad, index, moved)
     for result, expected in zip(results, kernels.max_pool_backward(grad, index, pending)):
         assert torch.equal(result, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_each_byte_moves_once_in_a_pass(kernels, host, dtype):
+    pending = pending_of((4, 64, 8, 6), dtype)
+    size = pending.stored.nbytes // 16
+    (pooled, index), *of_forward = host.vectors_moved(lambda: kernels.max_pool(pending))
+    _, *of_backward = host.vectors_moved(lambda: kernels.max_pool_backward(pooled, index, pending))
+    assert of_forward == [size, size // 4]
+    assert of_backward == [2 * (size + size // 4), size]
 
 
 @pytest.mark.parametrize("shape", [(2, 7, 5, 3), (2, 64, 9, 33)])

@@ -7,6 +7,7 @@
 
 #include <ucontext.h>
 
+#include <atomic>
 #include <barrier>
 #include <cmath>
 #include <cstdint>
@@ -35,8 +36,23 @@ struct alignas(8) uint2 {
     unsigned x, y;
 };
 
+namespace on_host {
+
+// Vectors that kernels have copied out of memory and into it: one is made by make_uint4 otherwise.
+inline std::atomic<long> vectors_read = 0, vectors_written = 0;
+
+}  // namespace on_host
+
 struct alignas(16) uint4 {
     unsigned x, y, z, w;
+
+    uint4(unsigned x, unsigned y, unsigned z, unsigned w) : x(x), y(y), z(z), w(w) {}
+    uint4(const uint4& other) : x(other.x), y(other.y), z(other.z), w(other.w) { ++on_host::vectors_read; }
+    uint4& operator=(const uint4& other) {
+        x = other.x, y = other.y, z = other.z, w = other.w;
+        ++on_host::vectors_written;
+        return *this;
+    }
 };
 
 inline uint2 make_uint2(unsigned x, unsigned y) {
@@ -195,6 +211,7 @@ struct cudaLaunchConfig_t {
 namespace on_host {
 
 inline int multiprocessors = 3;               // of the imagined GPU
+inline int resident_blocks = 2;               // of a multiprocessor, of any kernel
 inline cudaError_t next_error = cudaSuccess;  // what the next launch answers
 inline int launches = 0;
 inline unsigned last_grid = 0;
@@ -219,6 +236,12 @@ inline cudaError_t cudaSetDevice(int) {
 
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
     *value = on_host::multiprocessors;
+    return cudaSuccess;
+}
+
+template <class Kernel>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int, std::size_t) {
+    *blocks = on_host::resident_blocks;
     return cudaSuccess;
 }
 

@@ -38,6 +38,19 @@ inline __attribute__((used)) void set_multiprocessors(int count) {
     on_host::multiprocessors = count;
 }
 
+inline __attribute__((used)) void set_resident_blocks(int count) {
+    on_host::resident_blocks = count;
+}
+
+// Since the last call, in whole vectors of 16 bytes.
+inline __attribute__((used)) long vectors_read() {
+    return on_host::vectors_read.exchange(0);
+}
+
+inline __attribute__((used)) long vectors_written() {
+    return on_host::vectors_written.exchange(0);
+}
+
 inline __attribute__((used)) void set_last_first(bool last_first) {
     on_host::last_first = last_first;
 }

@@ -24,9 +24,9 @@ def dtype_of(tensor: Tensor) -> native.Dtype:
         raise TypeError(f"the CUDA kernels take float32, bfloat16 and float16; got {tensor.dtype}") from None
 
 
-def empty(like: Tensor, *shape: int) -> Tensor:
-    """Uninitialised float32 memory of ``like``'s device."""
-    return torch.empty(shape, dtype=torch.float32, device=like.device)
+def empty(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Uninitialised memory of ``like``'s device."""
+    return torch.empty(shape, dtype=dtype, device=like.device)
 
 
 def empty_pixels(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
