@@ -5,10 +5,18 @@ if(NOT GANVAS_CUDA)
   message(STATUS "ganvas: no CUDA kernels, GANVAS_CUDA is OFF")
   return()
 endif()
+# CMake itself looks on the PATH alone, where a toolkit's installation does not put nvcc.
+if(NOT CMAKE_CUDA_COMPILER AND NOT DEFINED ENV{CUDACXX})
+  find_program(GANVAS_NVCC nvcc PATHS ENV CUDA_HOME ENV CUDA_PATH /usr/local/cuda PATH_SUFFIXES bin)
+  if(GANVAS_NVCC)
+    set(ENV{CUDACXX} ${GANVAS_NVCC}) # and not CMAKE_CUDA_COMPILER, which would not be tried before it is relied on
+  endif()
+endif()
 include(CheckLanguage)
 check_language(CUDA)
 if(NOT CMAKE_CUDA_COMPILER)
-  message(STATUS "ganvas: no CUDA kernels, found no working nvcc (the environment variable CUDACXX can name one)")
+  message(STATUS "ganvas: no CUDA kernels, found no working nvcc on the PATH, in CUDA_HOME or in /usr/local/cuda "
+                 "(the environment variable CUDACXX can name one)")
   return()
 endif()
 
