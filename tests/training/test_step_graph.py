@@ -18,6 +18,7 @@ from ganvas.training import Interrupted, autoencoder, classifier, gan, run
 from ganvas.training.faults import TrainingFault
 from ganvas.training.metrics_log import read_metrics
 from ganvas.training.optimizers import scale_learning_rates
+from ganvas.training.preparation import Job
 from ganvas.training.step_graph import WARM_UP_STEPS, StepGraph, cuda_recorder
 
 EPOCHS = 6
@@ -192,6 +193,7 @@ def taped(monkeypatch):
 
     for module in (gan, classifier, autoencoder):
         monkeypatch.setattr(module, "cuda_recorder", recorder)
+    monkeypatch.setattr(Job, "capturable", True)
     return tapes
 
 
@@ -233,6 +235,29 @@ def test_every_kind_of_gan_step_can_be_recorded(loss, tmp_path, taped, as_they_a
     run_gan(tmp_path / "run", epochs=EPOCHS, **changes)
     assert_same_results(tmp_path / "run", as_they_are("gan", **changes))
     assert taped[0].recordings == 2
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_every_optimizer_of_the_classifier_can_be_recorded(optimizer, tmp_path, taped, as_they_are):
+    changes = {"optimizer": optimizer, "learning_rate": 0.01}
+    run_classifier(tmp_path / "run", epochs=EPOCHS, **changes)
+    assert_same_results(tmp_path / "run", as_they_are("classifier", **changes))
+    assert taped[0].recordings == 1
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
+def test_classifier_with_recordable_optimizers_trains_as_with_plain_ones(optimizer, tmp_path, taped):
+    changes = {"epochs": EPOCHS, "cuda_graph": False, "optimizer": optimizer, "learning_rate": 0.01}
+    run_classifier(tmp_path / "recordable", **changes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Job, "capturable", False)
+        run_classifier(tmp_path / "plain", **changes)
+    lines, expected = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("recordable", "plain"))
+    for name in ("train/loss", "train/learning_rate"):
+        assert [line.get(name) for line in lines] == [
+            value if value is None else pytest.approx(value, rel=1e-5)
+            for value in (line.get(name) for line in expected)
+        ]
 
 
 @pytest.mark.parametrize("job", JOBS)

@@ -53,7 +53,7 @@ def train_autoencoder(
             network,
             config.learning_rate,
             weight_decay=config.weight_decay,
-            capturable=device.type == "cuda",
+            capturable=job.capturable,
         )
 
         def step(images: Tensor) -> dict[str, Tensor]:

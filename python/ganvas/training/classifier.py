@@ -65,7 +65,14 @@ def train_classifier(
         loader = job.training_loader(Augmentation(flip=config.flip, shift=config.shift or 0))
         test = job.evaluation_loader(job.test)
         measured = measured_network(network, config)
-        optimizer = make_optimizer(config.optimizer, network, config.learning_rate, weight_decay=config.weight_decay)
+        optimizer = make_optimizer(
+            config.optimizer,
+            network,
+            config.learning_rate,
+            weight_decay=config.weight_decay,
+            capturable=job.capturable,
+            cycled_momentum=True,
+        )
         assert config.epochs is not None  # prepare() filled it in
         schedule = OneCycleLR(
             optimizer, [config.learning_rate] * len(optimizer.param_groups), total_steps=config.epochs * len(loader)
@@ -79,10 +86,15 @@ def train_classifier(
             loss.backward()
             if config.gradient_clip is not None:
                 nn.utils.clip_grad_norm_(network.parameters(), config.gradient_clip)
+            optimizer.step()
             return {"train/loss": loss, "train/accuracy": _accuracy(logits, labels)}
 
-        compute_gradients = StepGraph(
-            step, cuda_recorder(device) if config.cuda_graph else None, modules=(network,), say=progress.message
+        take_step = StepGraph(
+            step,
+            cuda_recorder(device) if config.cuda_graph else None,
+            modules=(network,),
+            optimizers=(optimizer,),
+            say=progress.message,
         )
         with job.run_folder(built, progress):
             run = TrainingRun(
@@ -93,6 +105,7 @@ def train_classifier(
                 modules={"model": network},
                 optimizers={"learning_rate": optimizer},
                 parts={"schedule": schedule, "random": RandomState(device)},
+                on_load=take_step.forget,
                 resume=resume,
                 progress=progress,
             )
@@ -102,10 +115,7 @@ def train_classifier(
                     with run.recovering():
                         network.train()
                         for images, labels in run.batches():
-                            run.record(compute_gradients(images, labels))
-                            # Outside of the graph: the schedule moves the momentum too, which torch's fused optimisers
-                            # take as a number.
-                            optimizer.step()
+                            run.record(take_step(images, labels))
                             schedule.step()
                         if not _is_measured(run.epoch, config):
                             run.end_epoch({})

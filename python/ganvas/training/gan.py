@@ -175,8 +175,8 @@ def _build(job: Job[GANConfig]) -> BuiltModel:
 
 
 def _optimizer(job: Job[GANConfig], network: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
-    config, capturable = job.config, job.device.type == "cuda"
-    return make_optimizer(config.optimizer, network, learning_rate, beta1=config.beta1, capturable=capturable)
+    config = job.config
+    return make_optimizer(config.optimizer, network, learning_rate, beta1=config.beta1, capturable=job.capturable)
 
 
 def _detectors(config: GANConfig) -> list[Detector]:

@@ -6,13 +6,15 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-_OPTIMIZERS: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
-    "adam": (Adam, {}),
-    "adamw": (AdamW, {}),
-    "sgd": (SGD, {"nesterov": True}),
+from ganvas.training.recordable import Recordable, RecordableAdam, RecordableAdamW, RecordableSGD
+
+_OPTIMIZERS: dict[str, tuple[type[Optimizer], type[Recordable], dict[str, Any]]] = {
+    "adam": (Adam, RecordableAdam, {}),
+    "adamw": (AdamW, RecordableAdamW, {}),
+    "sgd": (SGD, RecordableSGD, {"nesterov": True}),
 }
 # How torch runs the step on the optimiser's own device; no part of a state that another device continues from.
 _WAYS_TO_RUN = ("capturable", "foreach", "fused")
@@ -27,14 +29,15 @@ def make_optimizer(
     beta1: float = 0.9,
     beta2: float = 0.999,
     capturable: bool = False,
+    cycled_momentum: bool = False,
 ) -> Optimizer:
     """An optimiser of all parameters of ``module``; ``beta1`` is the momentum of SGD.
 
     Weight decay acts on matrices and filters only: biases and the scales of batch normalisation are not what it is
     meant to keep small (as in airbench and timm).
 
-    ``capturable``: a CUDA graph can hold the step. The learning rates are then 0-dim float32 tensors on the parameters'
-    device, into which a change of them is written.
+    ``capturable``: a CUDA graph can hold the step, and :meth:`Recordable.publish` comes before each; with
+    ``cycled_momentum`` whatever a schedule makes of the momentum.
 
     Raises:
         ValueError: an unknown name, or no parameters.
@@ -48,14 +51,14 @@ def make_optimizer(
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
     ]
-    cls, options = _OPTIMIZERS[name]
-    options = dict(options, lr=learning_rate)
-    options |= {"momentum": beta1} if cls is SGD else {"betas": (beta1, beta2)}
-    if capturable:
-        options |= {} if cls is SGD else {"capturable": True}
-        for group in groups:  # one tensor each: a factor on all of them meets none twice
-            group["lr"] = torch.tensor(learning_rate, dtype=torch.float32, device=parameters[0].device)
-    return cls([group for group in groups if group["params"]], **options, **_fastest(parameters))
+    plain, recordable, options = _OPTIMIZERS[name]
+    options = dict(options, lr=learning_rate, **_fastest(parameters))
+    options |= {"momentum": beta1} if plain is SGD else {"betas": (beta1, beta2)}
+    groups = [group for group in groups if group["params"]]
+    if not capturable:
+        return plain(groups, **options)
+    options |= {} if plain is SGD else {"capturable": True}
+    return recordable(groups, cycled_momentum=cycled_momentum, **options)
 
 
 def _fastest(parameters: Iterable[torch.Tensor]) -> dict[str, Any]:
@@ -69,34 +72,15 @@ def learning_rate(optimizer: Optimizer) -> float:
     return float(optimizer.param_groups[0]["lr"])
 
 
-def optimizer_state(optimizer: Optimizer) -> dict[str, Any]:
-    """``optimizer.state_dict()`` with numbers for learning rates that are tensors: any device can go on from it."""
-    state = optimizer.state_dict()
-    groups = [
-        {key: value.item() if isinstance(value, Tensor) else value for key, value in group.items()}
-        for group in state["param_groups"]
-    ]
-    return {**state, "param_groups": groups}
-
-
 def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Load what :func:`optimizer_state` returned, of this optimiser or of one made for another device.
-
-    Learning rates that are tensors stay the same tensors; those of the state (moments, counts) are new ones.
+    """Load the ``state_dict()`` of this optimiser or of one made for another device. Its tensors are new ones.
 
     Raises:
         ValueError: the state is of an optimiser with other groups.
     """
-    groups = optimizer.param_groups
-    own = [{key: group[key] for key in ("lr", *_WAYS_TO_RUN) if key in group} for group in groups]
-    merged = [
-        {**loaded, **{key: value for key, value in kept.items() if key != "lr"}}
-        for loaded, kept in zip(state["param_groups"], own, strict=True)
-    ]
+    own = [{key: group[key] for key in _WAYS_TO_RUN if key in group} for group in optimizer.param_groups]
+    merged = [{**loaded, **kept} for loaded, kept in zip(state["param_groups"], own, strict=True)]
     optimizer.load_state_dict({**state, "param_groups": merged})
-    for group, kept in zip(optimizer.param_groups, own):
-        if isinstance(kept["lr"], Tensor):
-            group["lr"] = kept["lr"].fill_(group["lr"])
 
 
 def scale_learning_rates(optimizers: Iterable[Optimizer], factor: float) -> None:

@@ -48,6 +48,12 @@ class Job(Generic[Config]):
     def num_classes(self) -> int:
         return len(self.train.class_names)
 
+    @property
+    def capturable(self) -> bool:
+        """Whether optimisers are made for CUDA graphs: on a GPU in any case, so that the numbers are the same without
+        them."""
+        return self.device.type == "cuda"
+
     def training_loader(self, augmentation: Augmentation | None = None) -> BatchLoader:
         """Shuffled whole batches: batch normalisation cannot train on a last batch of one image."""
         batch_size = min(self.config.batch_size, len(self.train))

@@ -33,7 +33,7 @@ from ganvas.training.config import RunConfig
 from ganvas.training.faults import Detector, TrainingFailed, TrainingFault, check_finite
 from ganvas.training.interrupt import Interrupted, StopRequest
 from ganvas.training.metrics_log import MetricsLog
-from ganvas.training.optimizers import learning_rate, load_optimizer_state, optimizer_state, scale_learning_rates
+from ganvas.training.optimizers import learning_rate, load_optimizer_state, scale_learning_rates
 from ganvas.training.progress import ProgressDisplay, make_progress, summary
 from ganvas.training.report import write_report
 from ganvas.training.run_folder import RunFolder, weights_mismatch
@@ -261,7 +261,7 @@ class TrainingRun:
             "log_length": self._log.length,
             "averages": self._averages.state_dict(),
             "modules": {name: module.state_dict() for name, module in self._modules.items()},
-            "optimizers": {name: optimizer_state(optimizer) for name, optimizer in self._optimizers.items()},
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self._optimizers.items()},
             "parts": {name: part.state_dict() for name, part in self._parts.items()},
             "detectors": [detector.state_dict() for detector in self._detectors],
         }

@@ -26,6 +26,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ganvas.training.recordable import Recordable
+
 WARM_UP_STEPS = 3
 """As torch's documentation has it."""
 
@@ -57,7 +59,8 @@ class StepGraph:
     Args:
         step: ``step(*inputs, **options)`` returns named tensors. Inputs are tensors or None.
         recorder: None to run every step as it is. See :func:`cuda_recorder`.
-        modules, optimizers: what the step changes.
+        modules, optimizers: what the step changes. Numbers of optimisers (learning rates, momentum) may change between
+            steps if they are :class:`~ganvas.training.recordable.Recordable`.
         say: called with one line if a step cannot be recorded and so goes on as it is.
     """
 
@@ -85,6 +88,9 @@ class StepGraph:
 
         The gradients that the step leaves in ``parameter.grad`` are those of this call, replayed or not.
         """
+        for optimizer in self._optimizers:
+            if isinstance(optimizer, Recordable):
+                optimizer.publish()
         if self._recorder is None:
             return self._call(inputs, options)
         key = tuple(sorted(options.items()))
