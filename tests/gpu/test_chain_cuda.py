@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from ganvas.nn import FusedSequential
 from ganvas.ops import conv_bn_leaky_relu, tuning
-from ganvas.ops.backends import triton
+from ganvas.ops.backends import gpu, triton
+from ganvas.ops.backends.gpu.convolution import TritonConvolution
 from ganvas.ops.chain import can_chain, conv_bn_leaky_relu_chain
+from ganvas.ops.convolution import Geometry
 from ganvas.ops.layers import Layer
 
 pytestmark = pytest.mark.gpu
@@ -41,6 +43,11 @@ def made(name: str, dtype: torch.dtype, groups: int = 1) -> Chain:
     options = {"dtype": dtype}
     layers = {
         "both orders": lambda: [layer(16, 48, **options), layer(48, 33, activation_first=True, bias=True, **options)],
+        "activation first": lambda: [
+            layer(16, 24, activation_first=True, **options),
+            layer(24, 40, "1x1", activation_first=True, **options),
+            layer(40, 16, slope=0.0, **options),
+        ],
         "a DCGAN's": lambda: [
             layer(100, 64, "4x4 stride 2 transposed", **options),
             layer(64, 32, "4x4 stride 2 transposed", **options),
@@ -64,8 +71,8 @@ def made(name: str, dtype: torch.dtype, groups: int = 1) -> Chain:
 
 
 NAMES = [
-    "both orders", "a DCGAN's", "upsampled, 5x5, 1x1", "from three channels", "torch's convolution between",
-    "fixed statistics, no norm",
+    "both orders", "activation first", "a DCGAN's", "upsampled, 5x5, 1x1", "from three channels",
+    "torch's convolution between", "fixed statistics, no norm",
 ]  # fmt: skip
 
 
@@ -73,6 +80,35 @@ NAMES = [
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_step_is_as_accurate_as_torchs(accuracy, name, groups, dtype):
+    compare_with_torch(accuracy, made(name, dtype, groups))
+
+
+@pytest.fixture
+def chosen(monkeypatch, request) -> tuple[bool, bool]:
+    """Whether raw gradients stay pending, and activations are written first, in every layer that can."""
+    pending, activates = request.param
+    choose = gpu.chosen_convolution
+
+    def convolution(*arguments) -> TritonConvolution | None:
+        native = choose(*arguments)
+        return native and replace(native, activates=activates)
+
+    monkeypatch.setattr(gpu, "chosen_convolution", convolution)
+    monkeypatch.setattr(gpu, "stays_pending", lambda *_: pending)
+    return request.param
+
+
+CHOICES = {
+    "settled": (False, False), "pending, activated": (True, True), "settled, activated": (False, True),
+    "pending": (True, False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("chosen", CHOICES.values(), ids=CHOICES, indirect=True)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("name", NAMES[:5])
+def test_every_choice_is_as_accurate_as_torch(accuracy, chosen, name, groups, dtype):
     compare_with_torch(accuracy, made(name, dtype, groups))
 
 
@@ -104,6 +140,27 @@ def test_measured_choices_are_as_accurate_and_remembered(accuracy, monkeypatch, 
     assert all(entry.native_ms is not None for entry in entries)  # no configuration was wrong
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize(
+    "directions", [("backward_weight", "backward_input"), ("backward_weight",), ("backward_input",)]
+)
+def test_a_pending_gradient_is_right_and_its_choice_is_remembered(
+    monkeypatch, caplog, tmp_path, directions, size, dtype
+):
+    monkeypatch.setenv("GANVAS_AUTOTUNE", "1")
+    monkeypatch.setenv("GANVAS_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(tuning, "_remembered", {})
+    monkeypatch.setattr(tuning, "decisions", {})
+    geometry, weight = Geometry(padding=(size // 2,) * 2), torch.empty(64, 48, size, size, device="cuda", dtype=dtype)
+    readers = dict.fromkeys(directions, TritonConvolution(geometry))
+    chosen = gpu.stays_pending(geometry, weight, torch.Size((32, 48, 16, 16)), dtype, readers)
+    (entry,) = tuning.entries()
+    assert entry.case.direction == ("settle_backward" if len(directions) == 2 else f"settle_{directions[0]}")
+    assert entry.configuration == ("pending" if chosen else "settled")
+    assert caplog.text == ""  # no way was left out
+
+
 def step(chain: Chain) -> list[Tensor]:
     input, layers = chain.input.detach().requires_grad_(), with_grad(chain.layers)
     leaves = [input, *(tensor for one in layers for tensor in one.tensors if tensor is not None)]
@@ -111,8 +168,9 @@ def step(chain: Chain) -> list[Tensor]:
     return [output.detach(), *torch.autograd.grad(output.square().sum(), leaves)]
 
 
+@pytest.mark.parametrize("chosen", list(CHOICES.values())[:2], ids=list(CHOICES)[:2], indirect=True)
 @pytest.mark.parametrize("name", NAMES)
-def test_the_same_bits_each_time_and_on_another_stream(name):
+def test_the_same_bits_each_time_and_on_another_stream(chosen, name):
     chain = made(name, torch.bfloat16)
     first, second = step(chain), step(chain)
     stream = torch.cuda.Stream()
@@ -125,8 +183,9 @@ def test_the_same_bits_each_time_and_on_another_stream(name):
         assert torch.equal(a, c)
 
 
+@pytest.mark.parametrize("chosen", list(CHOICES.values())[:2], ids=list(CHOICES)[:2], indirect=True)
 @pytest.mark.parametrize("name", NAMES)
-def test_in_a_cuda_graph(name):
+def test_in_a_cuda_graph(chosen, name):
     chain = made(name, torch.bfloat16)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

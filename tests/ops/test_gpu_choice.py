@@ -13,8 +13,10 @@ pytest.importorskip("ganvas._native")
 pytest.importorskip("triton")
 
 from ganvas.ops import steps_on_gpu, tuning
+from ganvas.ops.backends import cpu
 from ganvas.ops.backends.gpu import convolution, measure
 from ganvas.ops.convolution import Geometry
+from ganvas.ops.pending import Pending, with_statistics
 
 CASE = tuning.Case("forward", "conv3x3_padding1", "float32", "imagined", 0, 8, 16, 16, 16, 16)
 CPU = torch.device("cpu")
@@ -169,10 +171,9 @@ def measured(monkeypatch) -> list[tuning.Case]:
 
 
 def names(case: tuning.Case) -> list[str]:
-    kernel = convolution._weight_gradient() if case.direction == "backward_weight" else convolution._convolution()
     weight = torch.Size((case.out_channels, case.in_channels, 3, 3))
-    shape = torch.Size((case.batch, case.in_channels, case.height, case.width))
-    found = kernel.configurations(Geometry(padding=(1, 1)), weight, shape, torch.bfloat16, case.direction)
+    shape = convolution.shape_of(case)
+    found = convolution._candidates(Geometry(padding=(1, 1)), weight, shape, torch.bfloat16, case.direction)
     return [str(one) for one in found]
 
 
@@ -187,9 +188,50 @@ def choice(direction: str = "forward", channels: int = 64, batch: int = 32, side
 @pytest.mark.parametrize("direction", ["forward", "forward_with_statistics", "backward_input", "backward_weight"])
 def test_each_direction_is_measured_once_and_gets_its_configuration(measured, direction):
     chosen = choice(direction)
-    assert str(chosen.configuration) == names(measured[0])[-1]
+    assert str(chosen) == names(measured[0])[-1]
+    assert chosen.activates is (direction != "backward_input")
     assert choice(direction) is chosen
     assert measured == [tuning.Case(direction, "conv3x3_padding1", "bfloat16", "imagined", 0, 32, 64, 64, 16, 16)]
+
+
+@pytest.mark.parametrize("direction", ["forward", "forward_with_statistics", "backward_input", "backward_weight"])
+@pytest.mark.parametrize("side", [1, 3])
+def test_several_taps_may_read_a_written_activation(direction, side):
+    kernel = convolution._weight_gradient() if direction == "backward_weight" else convolution._convolution()
+    arguments = (Geometry(), torch.Size((64, 64, side, side)), torch.Size((32, 64, 16, 16)), torch.bfloat16, direction)
+    found = kernel.configurations(*arguments)
+    candidates = convolution._candidates(*arguments)
+    assert [one.configuration for one in candidates if not one.activates] == found
+    worth_it = side > 1 and direction != "backward_input"
+    assert [one.configuration for one in candidates if one.activates] == (found[:4] if worth_it else [])
+    assert len({str(one) for one in candidates}) == len(candidates)
+
+
+@pytest.mark.parametrize("activates", [False, True])
+def test_a_written_activation_is_what_the_kernels_read(monkeypatch, activates):
+    read: list[Pending] = []
+
+    def kernel(geometry, *arguments, configuration) -> tuple[Tensor, ...]:
+        assert configuration == "a configuration"
+        read.extend(one for one in arguments if isinstance(one, Pending))
+        return (x,) * 4
+
+    names = ("forward", "forward_with_statistics", "backward_input", "backward_weight")
+    for module in ("_convolution", "_weight_gradient"):
+        monkeypatch.setattr(convolution, module, lambda: SimpleNamespace(**dict.fromkeys(names, kernel)))
+    monkeypatch.setattr(convolution, "activate", cpu.activate)
+    monkeypatch.setattr(convolution, "finish_statistics", lambda *_: None)
+    x = torch.randn(2, 4, 3, 3).contiguous(memory_format=torch.channels_last)
+    pending = with_statistics(x, None, None, torch.zeros(1, 4), torch.ones(1, 4), 0.0, 0.5, False, True)
+    native = convolution.TritonConvolution(Geometry(), "a configuration", activates)
+    native.forward(pending, x, None)
+    native.forward_with_statistics(pending, x, *[None] * 5, 0.0, 0.0, 0.0, False, 1)
+    native.backward_weight(x, x, pending)
+    native.backward_input(x, x, pending)
+    assert read[3] is pending  # whose kink it needs
+    for one in read[:3]:
+        assert (one.scale is None) is activates
+        torch.testing.assert_close(one.stored, torch.where(x > 0, x, 0.5 * x) if activates else x)
 
 
 def test_batches_between_two_powers_of_two_share_a_choice_and_large_ones_are_cut(measured):

@@ -15,12 +15,13 @@ from torch import Tensor
 from ganvas.ops import checks
 from ganvas.ops.backends import reference
 from ganvas.ops.backends.arguments import float32
+from ganvas.ops.backends.trial import Direction
 from ganvas.ops.batch_norm_leaky_relu import move_running_statistics, reference_gradients
 from ganvas.ops.convolution import convolve, convolve_backward
 from ganvas.ops.direct import is_float32
 from ganvas.ops.kernels import kernels_of
 from ganvas.ops.layers import Layer, Tensors, by_layer
-from ganvas.ops.pending import Pending, fixed, with_statistics
+from ganvas.ops.pending import Pending, PendingGradient, fixed, with_statistics
 
 
 class Stage(NamedTuple):
@@ -117,19 +118,24 @@ def run_backward(
     befores = [Pending(checks.channels_last(input)), *(stage.output for stage in stages[:-1])]
     grads: list[Tensor | None] = [None] * len(wanted)
     grad: Tensor | None = grad_output
+    raw: Tensor | PendingGradient
     sums, of_residual = None, None
     for i in reversed(range(first_wanted, len(layers))):
         layer, own, wants = layers[i], of_layer[i], wanted[size * i :][:size]
         assert grad is not None
+        chosen = _chosen_backward(
+            layer, own, befores[i].stored.shape, grad.dtype, i > first_wanted or wants_input, wants[0]
+        )
         if has_residual and i == last:
             raw, of_bn_weight, of_bn_bias, of_residual = kernels_of(grad).activate_add_backward(
                 checks.channels_last(grad), output, stages[i].pending
             )
         else:
-            raw, of_bn_weight, of_bn_bias = _raw_gradient(stages[i], grad, sums)
-        grad, sums, of_weight = _convolution_gradients(
-            layer, own, raw, befores[i], i > first_wanted or wants_input, wants[0]
-        )
+            settled = layer.activation_first and wants[1]  # of which the bias' gradient is the sum
+            raw, of_bn_weight, of_bn_bias = _raw_gradient(
+                layer, own, stages[i], grad, sums, befores[i].stored.shape, {} if settled else chosen
+            )
+        grad, sums, of_weight = _convolution_gradients(layer, own, raw, befores[i], chosen)
         of_bias = _bias_gradient(layer, raw, of_bn_bias) if wants[1] else None
         grads[size * i : size * (i + 1)] = [
             gradient.to(tensor.dtype) if want and gradient is not None and tensor is not None else None
@@ -207,13 +213,42 @@ def _move_running_statistics(layer: Layer, pending: Pending) -> None:
     move_running_statistics(mean, var, pending.mean, pending.var, layer.momentum, count)
 
 
-def _raw_gradient(stage: Stage, grad: Tensor, sums: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+Chosen = dict[Direction, Any]
+"""The kernels of a convolution in each direction that is asked for; None where torch's run."""
+
+
+def _chosen_backward(
+    layer: Layer, own: Tensors, input_shape: torch.Size, dtype: torch.dtype, wants_input: bool, wants_weight: bool
+) -> Chosen:
+    choose = kernels_of(own.weight).chosen_convolution
+    wanted: dict[Direction, bool] = {"backward_weight": wants_weight, "backward_input": wants_input}
+    return {
+        direction: choose(layer.geometry, own.weight, input_shape, dtype, direction, layer.backend)
+        for direction, wants in wanted.items()
+        if wants
+    }
+
+
+def _raw_gradient(
+    layer: Layer,
+    own: Tensors,
+    stage: Stage,
+    grad: Tensor,
+    sums: Tensor | None,
+    input_shape: torch.Size,
+    readers: Chosen,
+) -> tuple[Tensor | PendingGradient, Tensor, Tensor]:
     """From the gradient of what a layer put out: those of its convolution's raw output, γ and β.
 
-    With ``sums`` a convolution's backward pass has begun with it: see :func:`ganvas.ops.backends.cpu.settle`.
+    With ``sums`` a convolution's backward pass has begun with it: see :func:`ganvas.ops.backends.cpu.settle`. What
+    ``readers`` alone read may stay pending.
     """
     kernels = kernels_of(grad)
     if sums is not None:
+        if stage.pending.batch_statistics and readers and None not in readers.values():
+            arguments = (layer.geometry, own.weight, input_shape, grad.dtype, readers, layer.backend)
+            if kernels.stays_pending(*arguments):
+                return kernels.pending_gradient(grad, sums, stage.pending)
         return kernels.settle(grad, sums, stage.pending)
     grad = checks.channels_last(grad)
     if stage.winners is not None:
@@ -222,37 +257,32 @@ def _raw_gradient(stage: Stage, grad: Tensor, sums: Tensor | None) -> tuple[Tens
 
 
 def _convolution_gradients(
-    layer: Layer, own: Tensors, raw: Tensor, before: Pending, wants_input: bool, wants_weight: bool
+    layer: Layer, own: Tensors, raw: Tensor | PendingGradient, before: Pending, chosen: Chosen
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """From the raw output's gradient: what :func:`_raw_gradient` takes of the layer before, and the weight's."""
-    kernels, stored, geometry = kernels_of(raw), before.stored, layer.geometry
-    shape = (geometry, own.weight, stored.shape, raw.dtype)
     of_weight = grad = sums = None
-    by_torch = [False, False]
-    if wants_weight:
-        kernel = kernels.chosen_convolution(*shape, "backward_weight", layer.backend)
-        by_torch[1] = kernel is None
-        if kernel is not None:
-            of_weight = kernel.backward_weight(raw, own.weight, before)
-    if wants_input:
-        kernel = kernels.chosen_convolution(*shape, "backward_input", layer.backend)
-        by_torch[0] = kernel is None
-        if kernel is not None:
-            grad, sums = kernel.backward_input(raw, own.weight, before)
-    if any(by_torch):
-        weight, _ = _of_dtype(own, raw.dtype)
-        activation = kernels.activate(before) if by_torch[1] else stored  # of which torch reads the shape alone
-        torchs = convolve_backward(raw, activation, weight, geometry, (by_torch[0], by_torch[1]))
+    if (kernel := chosen.get("backward_weight")) is not None:
+        of_weight = kernel.backward_weight(raw, own.weight, before)
+    if (kernel := chosen.get("backward_input")) is not None:
+        grad, sums = kernel.backward_input(raw, own.weight, before)
+    if None in chosen.values():
+        assert isinstance(raw, Tensor)
+        by_torch = {direction for direction, kernel in chosen.items() if kernel is None}
+        needs = ("backward_input" in by_torch, "backward_weight" in by_torch)
+        # Of the input's values torch's gradient of the weight alone reads any.
+        activation = kernels_of(raw).activate(before) if needs[1] else before.stored
+        torchs = convolve_backward(raw, activation, _of_dtype(own, raw.dtype)[0], layer.geometry, needs)
         grad, of_weight = (a if b is None else b for a, b in zip((grad, of_weight), torchs))
     return grad, None if before.scale is None else sums, of_weight
 
 
-def _bias_gradient(layer: Layer, raw: Tensor, of_bn_bias: Tensor) -> Tensor:
+def _bias_gradient(layer: Layer, raw: Tensor | PendingGradient, of_bn_bias: Tensor) -> Tensor:
     if not layer.activation_first:
         if layer.batch_statistics:  # subtracting the mean cancels a bias
             return torch.zeros_like(of_bn_bias)
         if layer.batch_statistics is None:
             return of_bn_bias
+    assert isinstance(raw, Tensor)
     return raw.sum((0, 2, 3), dtype=torch.float32)
 
 

@@ -66,7 +66,7 @@ _LOCK_SECONDS = 1.0
 class Case(NamedTuple):
     """What a choice holds for."""
 
-    direction: str  # of a Trial (ganvas.ops.backends.trial); of a linear layer forward or backward
+    direction: str  # of a Trial (ganvas.ops.backends.trial) or a raw gradient; of a linear layer forward or backward
     convolution: str  # or linear, of 1×1 maps
     dtype: str
     device: str  # cpu, or what the timings of a GPU hold for

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from chains import Chain, compare_with_torch, layer
+from chains import Chain, compare_with_torch, layer, with_grad
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -15,8 +15,9 @@ pytest.importorskip("ganvas._native")
 
 from ganvas.ops import chain, chain_passes
 from ganvas.ops.backends import cpu
-from ganvas.ops.backends.gpu import convolution
+from ganvas.ops.backends.gpu import convolution, raw_gradient
 from ganvas.ops.backends.gpu.convolution import TritonConvolution
+from ganvas.ops.layers import Layer, Tensors
 from ganvas.ops.pending import Pending, with_statistics
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is off where there is a GPU")
@@ -41,22 +42,42 @@ def finish_statistics(
     )
 
 
-@pytest.fixture
-def used(monkeypatch) -> list[str]:
-    """The chain's kernels are a GPU's; the directions in which a Triton kernel ran."""
-    used: list[str] = []
+@dataclass
+class Choice:
+    """How a chain's Triton kernels are to run, and what came of it."""
 
-    def chosen(geometry, weight, shape, dtype, direction, backend=None) -> TritonConvolution | None:
+    pending: bool = True
+    """A raw gradient stays so where it can."""
+    activates: bool = False
+    used: set[str] = field(default_factory=set)  # directions in which a Triton kernel ran
+    raw_gradients: list[bool] = field(default_factory=list)  # pending, of each layer whose convolutions can read that
+
+    def convolution(self, geometry, weight, shape, dtype, direction, backend=None) -> TritonConvolution | None:
         native = convolution.native_convolution(geometry, weight, shape, dtype)
-        used.extend([direction] if native is not None else [])
-        return native
+        if native is None:
+            return None
+        self.used.add(direction)
+        return replace(native, activates=self.activates)
 
+    def stays_pending(self, geometry, weight, input_shape, dtype, readers, backend=None) -> bool:
+        assert all(isinstance(reader, TritonConvolution) for reader in readers.values())
+        assert set(readers) <= {"backward_input", "backward_weight"}
+        self.raw_gradients.append(self.pending)
+        return self.pending
+
+
+@pytest.fixture
+def choice(monkeypatch) -> Choice:
+    """The chain's kernels are a GPU's, taken as this says."""
+    choice = Choice()
     kernels = SimpleNamespace(**{name: getattr(cpu, name) for name in cpu.__all__})
-    kernels.chosen_convolution = chosen
+    kernels.chosen_convolution, kernels.stays_pending = choice.convolution, choice.stays_pending
+    kernels.pending_gradient = raw_gradient.pending_gradient
     for module in (chain, chain_passes):
         monkeypatch.setattr(module, "kernels_of", lambda tensor: kernels)
     monkeypatch.setattr(convolution, "finish_statistics", finish_statistics)
-    return used
+    monkeypatch.setattr(convolution, "activate", cpu.activate)
+    return choice
 
 
 CHAINS = {
@@ -79,21 +100,93 @@ CHAINS = {
 
 @pytest.mark.parametrize("groups", [2, pytest.param(1, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("name", CHAINS)
-def test_a_step_is_as_accurate_as_torchs(used, accuracy, name, groups):
+def test_a_step_is_as_accurate_as_torchs(choice, accuracy, name, groups):
     torch.manual_seed(3)
     layers = CHAINS[name]()
     channels = layers[0].geometry.in_channels(layers[0].weight.shape)
-    compare_with_torch(accuracy, Chain(torch.randn(2 * groups, channels, 7, 6), tuple(layers), groups))
-    assert {"backward_input", "backward_weight"} < set(used)
+    compare_with_torch(accuracy, Chain(torch.randn(2 * groups, channels, 5, 4), tuple(layers), groups))
+    assert {"backward_input", "backward_weight"} < choice.used
 
 
-def test_a_residual_block(used, accuracy):
+BOTH_ORDERS = {
+    "conv_bn_act": lambda dtype: [
+        layer(5, 6, dtype=dtype), layer(6, 9, "1x1", dtype=dtype), layer(9, 4, "4x4 stride 2", dtype=dtype),
+    ],
+    "conv_act_bn": lambda dtype: [
+        layer(5, 6, activation_first=True, dtype=dtype), layer(6, 9, "1x1", activation_first=True, dtype=dtype),
+        layer(9, 4, activation_first=True, slope=0.0, dtype=dtype),
+    ],
+}  # fmt: skip
+
+
+EVERY_CHOICE = [
+    pytest.param(
+        dtype, groups, pending, activates,
+        marks=[] if pending != activates and dtype is torch.float32 and groups == 2 else pytest.mark.exhaustive,
+    )
+    for dtype in (torch.float32, torch.bfloat16) for groups in (1, 2) for pending in (False, True)
+    for activates in (False, True)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("dtype", "groups", "pending", "activates"), EVERY_CHOICE)
+@pytest.mark.parametrize("order", BOTH_ORDERS)
+def test_every_choice_is_as_accurate_as_torch(choice, accuracy, order, dtype, groups, pending, activates):
+    torch.manual_seed(6)
+    choice.pending, choice.activates = pending, activates
+    layers = tuple(BOTH_ORDERS[order](dtype))
+    compare_with_torch(accuracy, Chain(torch.randn(2 * groups, 5, 4, 5).to(dtype), layers, groups))
+    assert choice.raw_gradients == [pending] * 2  # the last one comes from the activation's
+
+
+def step(layers: list[Layer], wanted: tuple[str, ...]) -> list[Tensor]:
+    """Gradients of the input and of the first layer's tensors, those that are ``wanted``, and of the layers after."""
+    torch.manual_seed(7)
+    input = torch.randn(2, 5, 5, 4, requires_grad="input" in wanted)
+    first, *others = with_grad(layers)
+    for name, tensor in zip(Tensors._fields, first.tensors):
+        if tensor is not None:
+            tensor.requires_grad_(name in wanted)
+    tensors = (input, *first.tensors, *(tensor for one in others for tensor in one.tensors))
+    leaves = [tensor for tensor in tensors if tensor is not None and tensor.requires_grad]
+    return list(torch.autograd.grad(chain.conv_bn_leaky_relu_chain(input, (first, *others)).square().sum(), leaves))
+
+
+@pytest.mark.parametrize(
+    ("first", "wanted", "raw_gradients"),
+    [
+        ({"activation_first": True, "bias": True}, ("weight", "bias"), []),  # the bias' is a sum of it
+        ({"activation_first": True, "bias": True}, ("weight",), [True]),
+        ({"bias": True}, ("input", "weight", "bias"), [True]),  # which is 0 in front of a norm
+        ({"norm": False}, ("input", "weight"), []),  # fixed statistics
+        ({"norm": None}, ("input", "weight"), []),
+        ({"convolution": "1x1", "max_pool": True}, ("input", "weight"), []),
+        ({}, ("input", "bn_weight", "bn_bias"), [True]),
+        ({}, ("bn_weight", "bn_bias"), []),  # nobody reads it
+    ],
+)
+def test_where_a_gradient_stays_pending(choice, first, wanted, raw_gradients):
+    torch.manual_seed(8)
+    layers = [layer(5, 6, **first), layer(6, 4)]
+    pending = step(layers, wanted)
+    assert choice.raw_gradients == raw_gradients
+    choice.pending = False
+    for ours, settled in zip(pending, step(layers, wanted), strict=True):
+        torch.testing.assert_close(ours, settled)
+
+
+def test_what_torchs_convolution_reads_is_settled(choice):
+    step([layer(5, 8), layer(8, 8, "grouped"), layer(8, 4)], ("input", "weight"))
+    assert choice.raw_gradients == []
+
+
+def test_a_residual_block(choice, accuracy):
     torch.manual_seed(4)
     layers = (layer(6, 8), replace(layer(8, 6), negative_slope=0.0))
     compare_with_torch(accuracy, Chain(torch.randn(4, 6, 5, 7), layers, 2, torch.randn(4, 6, 5, 7)))
 
 
-def test_in_bfloat16(used, accuracy):
+def test_in_bfloat16(choice, accuracy):
     torch.manual_seed(5)
     layers = (layer(16, 24, dtype=torch.bfloat16), layer(24, 16, "4x4 stride 2", dtype=torch.bfloat16))
     compare_with_torch(accuracy, Chain(torch.randn(4, 16, 8, 7).bfloat16(), layers))

@@ -24,6 +24,7 @@ else:
         activate_add_backward,
         activate_backward,
         settle,
+        stays_pending,
     )
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -58,4 +59,5 @@ __all__ = [
     "max_pool_backward",
     "native_convolution",
     "settle",
+    "stays_pending",
 ]

@@ -76,3 +76,8 @@ def settle(grad: Tensor, sums: Tensor, pending: Pending) -> tuple[Tensor, Tensor
         of_weight.data_ptr(), of_bias.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return grad, of_weight, of_bias
+
+
+def stays_pending(*convolution: object) -> bool:
+    """Whether a convolution's kernels read a raw gradient that is pending: these read a settled one."""
+    return False

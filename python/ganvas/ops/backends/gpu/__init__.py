@@ -1,6 +1,6 @@
 """What a chain is made of on an NVIDIA GPU: convolutions in Triton or torch, everything else in CUDA C++.
 
-The names are those of :mod:`ganvas.ops.backends.cpu`.
+The names are those of :mod:`ganvas.ops.backends.cpu`, and how a gradient is left pending.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ if not cuda.MISSING:
         settle,
     )
     from ganvas.ops.backends.gpu.convolution import chosen_convolution, native_convolution
+    from ganvas.ops.backends.gpu.raw_gradient import pending_gradient, stays_pending
 
 __all__ = [
     "DTYPES",
@@ -35,5 +36,7 @@ __all__ = [
     "max_pool",
     "max_pool_backward",
     "native_convolution",
+    "pending_gradient",
     "settle",
+    "stays_pending",
 ]

@@ -6,6 +6,9 @@ torch's convolution with the CUDA kernels that then surround it. What gives a wr
 up to 128 channels on both sides, where memory and launches dominate, in the configuration that their heuristic names;
 so they do where the capture of a CUDA graph meets a shape first. ``GANVAS_BACKEND=cuda`` and ``triton`` leave no
 choice.
+
+A kernel of several taps makes the activation of a pixel anew for each of them. Writing the activation once, for the
+kernel to read, costs a pass over memory and saves that: some of the configurations are measured that way as well.
 """
 
 from __future__ import annotations
@@ -20,14 +23,17 @@ from torch import Tensor
 
 from ganvas.ops import tuning
 from ganvas.ops.backends import triton
-from ganvas.ops.backends.cuda.pending import finish_statistics
-from ganvas.ops.backends.gpu.measure import device_name, fastest
+from ganvas.ops.backends.cuda.pending import activate, finish_statistics
+from ganvas.ops.backends.gpu.measure import decided, device_name, fastest
 from ganvas.ops.backends.trial import Direction, Way, trial
 from ganvas.ops.backends.triton.precision import uses_tf32
 from ganvas.ops.convolution import Geometry
-from ganvas.ops.pending import Pending
+from ganvas.ops.pending import Pending, PendingGradient
 
 MOST_CHANNELS_UNMEASURED = 128
+MOST_ACTIVATED = 4
+"""Configurations of a direction, from the first on, that are measured on the written activation too."""
+
 _MOST_BYTES = 256 * 2**20  # of the larger of input and output, that are measured where the shape has more
 
 
@@ -38,10 +44,16 @@ class TritonConvolution:
     geometry: Geometry
     configuration: Any = None
     """None: what the kernel's heuristic names."""
+    activates: bool = False
+    """The input's activation is written first, for as long as forward or ``backward_weight`` take."""
+
+    def __str__(self) -> str:
+        """How a choice is remembered."""
+        return f"on the written activation, {self.configuration}" if self.activates else str(self.configuration)
 
     def forward(self, input: Pending, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The raw output (N, Cout, H', W')."""
-        return _convolution().forward(self.geometry, input, weight, bias, configuration=self.configuration)
+        return _convolution().forward(self.geometry, self._read(input), weight, bias, configuration=self.configuration)
 
     def forward_with_statistics(
         self,
@@ -60,7 +72,7 @@ class TritonConvolution:
     ) -> Pending:
         """The output with a norm and an activation pending; statistics taken on the way."""
         output, counts, means, deviations = _convolution().forward_with_statistics(
-            self.geometry, input, weight, bias, activation_first, negative_slope, groups,
+            self.geometry, self._read(input), weight, bias, activation_first, negative_slope, groups,
             configuration=self.configuration,
         )  # fmt: skip
         return finish_statistics(
@@ -68,17 +80,23 @@ class TritonConvolution:
             negative_slope, activation_first,
         )  # fmt: skip
 
-    def backward_input(self, grad_output: Tensor, weight: Tensor, input: Pending) -> tuple[Tensor, Tensor]:
+    def backward_input(
+        self, grad_output: Tensor | PendingGradient, weight: Tensor, input: Pending
+    ) -> tuple[Tensor, Tensor]:
         """g = dL/d(scale*x + shift) of the pending input, and Σg and Σg·(x − mean), (2, G, Cin)."""
         return _convolution().backward_input(
             self.geometry, grad_output, weight, input, configuration=self.configuration
         )
 
-    def backward_weight(self, grad_output: Tensor, weight: Tensor, input: Pending) -> Tensor:
+    def backward_weight(self, grad_output: Tensor | PendingGradient, weight: Tensor, input: Pending) -> Tensor:
         """Like ``weight``, float32."""
         return _weight_gradient().backward_weight(
-            self.geometry, grad_output, weight, input, configuration=self.configuration
+            self.geometry, grad_output, weight, self._read(input), configuration=self.configuration
         )
+
+    def _read(self, input: Pending) -> Pending:
+        """What the kernel reads of ``input``."""
+        return Pending(activate(input)) if self.activates else input
 
 
 def native_convolution(
@@ -104,8 +122,8 @@ def chosen_convolution(
         dtype: of the input; the weight's may be another one under autocast.
         backend: ``triton`` or ``cuda``, as GANVAS_BACKEND.
     """
-    forced, reduced = backend or os.environ.get("GANVAS_BACKEND"), dtype is torch.float32 and uses_tf32()
-    key = (geometry, weight.shape, input_shape, dtype, weight.device, reduced, forced, direction)
+    forced = backend or os.environ.get("GANVAS_BACKEND")
+    key = (geometry, weight.shape, input_shape, dtype, weight.device, multiplied_as(dtype), forced, direction)
     try:
         return tuning.decisions[key]
     except KeyError:
@@ -113,42 +131,57 @@ def chosen_convolution(
     native = None if forced == "cuda" else native_convolution(geometry, weight, input_shape, dtype)
     if native is None or forced == "triton":
         return tuning.decided(key, native)
-    if not tuning.applies(0):
-        return tuning.decided(key, native if _memory_bound(geometry, weight) else None)
-    if torch.cuda.is_current_stream_capturing():  # nothing can be measured, and the next call may not be captured
-        return native if _memory_bound(geometry, weight) else None
-    try:
-        return tuning.decided(key, _measured(geometry, weight, input_shape, dtype, direction, reduced))
-    except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        return tuning.decided(key, None)
+    unmeasured = native if max(weight.shape[:2]) <= MOST_CHANNELS_UNMEASURED else None
+    return decided(key, lambda: _measured(geometry, weight, input_shape, dtype, direction), unmeasured, None)
 
 
 def _measured(
-    geometry: Geometry, weight: Tensor, input_shape: torch.Size, dtype: torch.dtype, direction: Direction, reduced: bool
+    geometry: Geometry, weight: Tensor, input_shape: torch.Size, dtype: torch.dtype, direction: Direction
 ) -> TritonConvolution | None:
-    shape, device = _representative(geometry, weight.shape, input_shape, dtype), weight.device
-    out_channels = geometry.output_shape(shape, weight.shape)[1]
-    name = "tf32" if reduced else str(dtype).removeprefix("torch.")
-    case = tuning.Case(
-        direction, _name(geometry, weight.shape), name, device_name(device.index), 0, shape[0], shape[1], out_channels,
-        *shape[2:],
-    )  # fmt: skip
-    kernel = _weight_gradient() if direction == "backward_weight" else _convolution()
-    arguments = (geometry, weight.shape, shape, dtype, direction)
-    configurations = {str(c): c for c in kernel.configurations(*arguments)}
+    case, device = case_of(geometry, weight, input_shape, dtype, direction), weight.device
+    arguments = (geometry, weight.shape, shape_of(case), dtype)
+    natives = {str(one): one for one in _candidates(*arguments, direction)}
 
     def measure() -> tuning.Entry:
-        of_shape = trial(import_module("ganvas.ops.backends.gpu"), *arguments[:4], device, direction)
-        natives: dict[str, Way] = {
-            name: of_shape.native(TritonConvolution(geometry, c)) for name, c in configurations.items()
-        }
-        return fastest(case, natives, of_shape.torchs(), device)
+        of_shape = trial(import_module("ganvas.ops.backends.gpu"), *arguments, device, direction)
+        ways: dict[str, Way] = {name: of_shape.native(one) for name, one in natives.items()}
+        return fastest(case, ways, of_shape.torchs(), device)
 
     entry = tuning.remembered(case, measure)
-    if not entry.native or entry.configuration not in configurations:
-        return None
-    return TritonConvolution(geometry, configurations[entry.configuration])
+    return natives.get(entry.configuration) if entry.native else None
+
+
+def _candidates(
+    geometry: Geometry, weight: torch.Size, input: torch.Size, dtype: torch.dtype, direction: Direction
+) -> list[TritonConvolution]:
+    kernel = _weight_gradient() if direction == "backward_weight" else _convolution()
+    found = kernel.configurations(geometry, weight, input, dtype, direction)
+    activates = direction != "backward_input" and weight[2:].numel() > 1
+    return [
+        *(TritonConvolution(geometry, one) for one in found),
+        *(TritonConvolution(geometry, one, True) for one in found[: MOST_ACTIVATED * activates]),
+    ]
+
+
+def case_of(
+    geometry: Geometry, weight: Tensor, input_shape: torch.Size, dtype: torch.dtype, direction: str
+) -> tuning.Case:
+    """What a choice for this convolution on ``weight``'s device holds for, by the shape that is measured."""
+    shape = _representative(geometry, weight.shape, input_shape, dtype)
+    return tuning.Case(
+        direction, _name(geometry, weight.shape), multiplied_as(dtype), device_name(weight.device.index), 0, shape[0],
+        shape[1], geometry.output_shape(shape, weight.shape)[1], *shape[2:],
+    )  # fmt: skip
+
+
+def shape_of(case: tuning.Case) -> torch.Size:
+    """Of the input that is measured."""
+    return torch.Size((case.batch, case.in_channels, case.height, case.width))
+
+
+def multiplied_as(dtype: torch.dtype) -> str:
+    """``tf32`` where values of ``dtype`` are rounded to that, else the dtype's name."""
+    return "tf32" if dtype is torch.float32 and uses_tf32() else str(dtype).removeprefix("torch.")
 
 
 def _representative(geometry: Geometry, weight: torch.Size, input: torch.Size, dtype: torch.dtype) -> torch.Size:
@@ -173,10 +206,6 @@ def _name(geometry: Geometry, weight: torch.Size) -> str:
         if (height, width) != default:
             words.append(f"{name}{height}" if height == width else f"{name}{height}x{width}")
     return "_".join(words)
-
-
-def _memory_bound(geometry: Geometry, weight: Tensor) -> bool:
-    return max(weight.shape[:2]) <= MOST_CHANNELS_UNMEASURED
 
 
 # Not before a tensor on a GPU asks for them: importing Triton takes longer than everything else here.

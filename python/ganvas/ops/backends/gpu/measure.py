@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from importlib import metadata
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from ganvas.ops import tuning
 from ganvas.ops.backends.trial import Way
 
 _log = logging.getLogger("ganvas")
+_Choice = TypeVar("_Choice")
 
 TOLERANCE = {torch.float32: 5e-3, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 """Distance to torch's result, through its norm, at which a way counts as wrong. TF32 stays within that of float32, a
@@ -37,6 +39,26 @@ def device_name(index: int) -> str:
         triton = "none"
     cudnn = torch.backends.cudnn.version()
     return f"{torch.cuda.get_device_name(index)}, CUDA {torch.version.cuda}, cuDNN {cudnn}, triton {triton}"
+
+
+def decided(key: object, measure: Callable[[], _Choice], unmeasured: _Choice, otherwise: _Choice) -> _Choice:
+    """A choice between ways on a GPU, kept in :data:`ganvas.ops.tuning.decisions`.
+
+    Args:
+        measure: chooses.
+        unmeasured: the choice with ``GANVAS_AUTOTUNE=0``, and while a CUDA graph is captured: nothing can be measured
+            then. It is not kept, since the next call may not be captured.
+        otherwise: the choice where measuring takes more memory than there is.
+    """
+    if not tuning.applies(0):
+        return tuning.decided(key, unmeasured)
+    if torch.cuda.is_current_stream_capturing():
+        return unmeasured
+    try:
+        return tuning.decided(key, measure())
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return tuning.decided(key, otherwise)
 
 
 def fastest(case: tuning.Case, natives: Mapping[str, Way], torchs: Way, device: torch.device) -> tuning.Entry:
