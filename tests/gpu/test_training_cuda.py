@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parameters_to_vector
+from torch.optim.lr_scheduler import OneCycleLR
 
 # The helpers of the training tests are found by path, as there.
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
@@ -20,7 +22,9 @@ from training_helpers import Recorder, SignalAt, assert_same_results, results
 from ganvas.data import Augmentation, BatchLoader
 from ganvas.training import Interrupted
 from ganvas.training.averages import Averages
+from ganvas.training.device_time import Moment
 from ganvas.training.gan_steps import AveragedGenerator
+from ganvas.training.optimizers import make_optimizer
 from ganvas.training.run_folder import RunFolder
 from ganvas.training.step_graph import WARM_UP_STEPS, CudaRecorder, StepGraph, cuda_recorder
 
@@ -227,7 +231,53 @@ def test_averages_of_a_resumed_run_may_lie_on_both_devices():
         {"sums": {"a": torch.tensor(3.0).double(), "b": torch.tensor(1.0).double()}, "counts": {"a": 3, "b": 1}}
     )
     averages.add({"a": torch.tensor(5.0, device="cuda")})
-    assert averages.read_and_reset() == (4, {"a": 2.0, "b": 1.0})
+    reading = averages.take(torch.device("cuda"))
+    assert (reading.steps, reading.means()) == (4, {"a": 2.0, "b": 1.0})
+
+
+def test_log_window_is_read_without_a_wait_before_it():
+    device, averages = torch.device("cuda"), Averages()
+    begin = Moment(device)
+    values = [torch.full((), float(step), device=device) for step in range(6)]
+    with NoWaits():
+        readings = []
+        for first in (0, 3):
+            for value in values[first : first + 3]:
+                averages.add({"loss": value})
+            readings.append(averages.take(device))
+    assert [reading.means() for reading in readings] == [{"loss": 1.0}, {"loss": 4.0}]
+    assert readings[1].taken.seconds_since(begin) > readings[0].taken.seconds_since(begin) > 0
+
+
+def trained_under_one_cycle(name, device, cuda_graph, dtype=torch.float32, steps=40):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1)).to(device, dtype)
+    gpu = device == "cuda"
+    optimizer = make_optimizer(name, network, 0.01, weight_decay=0.1, capturable=gpu, cycled_momentum=True)
+    schedule = OneCycleLR(optimizer, [0.02] * len(optimizer.param_groups), total_steps=steps)
+
+    def step(inputs):
+        loss = network(inputs).square().sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return {"loss": loss}
+
+    recorder = cuda_recorder(torch.device(device)) if cuda_graph else None
+    take = StepGraph(step, recorder, modules=(network,), optimizers=(optimizer,), say=pytest.fail)
+    generator = torch.Generator().manual_seed(1)
+    for inputs in torch.randn(steps - 1, 6, 4, generator=generator).to(device, dtype).unbind():
+        take(inputs)
+        schedule.step()
+    return parameters_to_vector(network.parameters()).detach().cpu()
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
+def test_momentum_and_rate_of_a_schedule_are_followed_in_replays(name):
+    recorded, as_they_are = (trained_under_one_cycle(name, "cuda", cuda_graph) for cuda_graph in (True, False))
+    assert torch.equal(recorded, as_they_are)
+    plain, exact = (trained_under_one_cycle(name, "cpu", False, dtype) for dtype in (torch.float32, torch.float64))
+    assert (recorded - exact).norm() <= 3 * (plain - exact).norm()
 
 
 def test_model_that_draws_on_the_cpu_is_not_recorded(tmp_path, recordings):

@@ -8,9 +8,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ganvas.training.device_time import Moment
+
+
+class Reading:
+    """Means of a log window, on their way from the device; see :meth:`Averages.take`."""
+
+    def __init__(self, totals: dict[str, Tensor], counts: dict[str, int], device: torch.device) -> None:
+        self.steps = max(counts.values(), default=0)
+        """Of the window."""
+        self._counts = counts
+        self._totals = _on_host(list(totals.values()), device)
+        self.taken = Moment(device)
+        """When the device has got to the end of the window."""
+
+    def means(self) -> dict[str, float]:
+        """By name. Waits for the device if it is not there yet."""
+        self.taken.wait()
+        return {name: total / count for (name, count), total in zip(self._counts.items(), self._totals.tolist())}
+
+
+def _on_host(totals: list[Tensor], device: torch.device) -> Tensor:
+    """The same numbers in one tensor, for which the host does not wait where ``device`` is a GPU."""
+    if not totals:
+        return torch.zeros(0)
+    # After a resume the totals that nothing was added to are still on the CPU.
+    stacked = torch.stack([total.to(device) for total in totals])
+    if device.type == "cpu":
+        return stacked
+    return torch.empty(stacked.shape, dtype=stacked.dtype, pin_memory=True).copy_(stacked, non_blocking=True)
+
 
 class Averages:
-    """Means of named 0-dim tensors. Adding makes no host synchronisation; reading makes one for all of them."""
+    """Means of named 0-dim tensors. Neither adding nor taking makes the host wait for the device."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
@@ -29,17 +59,11 @@ class Averages:
                 self._sums[name] = total.to(value.device).add_(value)
             self._counts[name] = self._counts.get(name, 0) + 1
 
-    def read_and_reset(self) -> tuple[int, dict[str, float]]:
-        """(steps, mean by name) since the last call."""
-        if not self._sums:
-            return 0, {}
-        # After a resume the totals that nothing was added to are still on the CPU.
-        device = max((total.device for total in self._sums.values()), key=lambda device: device.type != "cpu")
-        totals = torch.stack([total.to(device) for total in self._sums.values()]).tolist()
-        means = {name: total / count for (name, count), total in zip(self._counts.items(), totals)}
-        steps = max(self._counts.values())
+    def take(self, device: torch.device) -> Reading:
+        """The means since the last call. ``device``: of the values that were added."""
+        reading = Reading(self._sums, self._counts, device)
         self._sums, self._counts = {}, {}
-        return steps, means
+        return reading
 
     def state_dict(self) -> dict[str, Any]:
         return {"sums": dict(self._sums), "counts": dict(self._counts)}

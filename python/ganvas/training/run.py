@@ -18,18 +18,20 @@ checkpoint with lower learning rates.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import ganvas
 from ganvas.data import BatchLoader
-from ganvas.training.averages import Averages
+from ganvas.training.averages import Averages, Reading
 from ganvas.training.checkpoint import Checkpoint, CheckpointError, CheckpointStore
 from ganvas.training.config import RunConfig
+from ganvas.training.device_time import Moment
 from ganvas.training.faults import Detector, TrainingFailed, TrainingFault, check_finite
 from ganvas.training.interrupt import Interrupted, StopRequest
 from ganvas.training.metrics_log import MetricsLog
@@ -40,6 +42,9 @@ from ganvas.training.run_folder import RunFolder, weights_mismatch
 
 RECOVERY_RATE = 0.5
 """Factor on the learning rates at each recovery."""
+WINDOWS_IN_FLIGHT = {"cpu": 0, "cuda": 1}
+"""Log windows that have ended before the oldest of them is read. So the host, which is ahead of a GPU, waits for what
+the GPU did a window ago, and is never further ahead than that."""
 
 
 class Stateful(Protocol):
@@ -48,6 +53,17 @@ class Stateful(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state_dict: dict[str, Any], /) -> Any: ...
+
+
+class _Window(NamedTuple):
+    """A log window that has ended."""
+
+    step: int
+    epoch: int
+    images: int
+    rates: dict[str, float]
+    started: Moment
+    reading: Reading
 
 
 class TrainingRun:
@@ -102,7 +118,9 @@ class TrainingRun:
         self._recoveries = 0
         self._steps_per_epoch = len(loader)
         self._images = 0
-        self._window_started = self._saved_at = time.monotonic()
+        self._windows: deque[_Window] = deque()
+        self._window_started = Moment(loader.device)
+        self._saved_at = time.monotonic()
 
     def __enter__(self) -> TrainingRun:
         with ExitStack() as stack:
@@ -125,6 +143,9 @@ class TrainingRun:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        if kind is not None:
+            with suppress(Exception):  # what ended the run is what has to be said
+                self._read_windows()
         self._exit_stack.close()
         # On a full disk the report fails as well; what ended the run is what has to be said.
         with suppress(OSError) if kind is not None else nullcontext():
@@ -134,7 +155,7 @@ class TrainingRun:
         """The batches of this epoch that are still to do. After each: log, checkpoint, or stop, as is due.
 
         Raises:
-            TrainingFault: at the end of a log window, if something has gone wrong in it.
+            TrainingFault: something has gone wrong in a log window; raised at its end, or on a GPU at the next one's.
             Interrupted: after a signal; everything is saved.
         """
         for images, labels in self._loader.epoch(self.epoch, start=self.batch):
@@ -151,6 +172,7 @@ class TrainingRun:
             if time.monotonic() - self._saved_at >= self._config.checkpoint_seconds:
                 self._save(good=False)
                 self._progress.saved(self.step)
+        self._read_windows()
         # Evaluation comes next: weights that are not finite would only make it fail.
         check_finite({}, self._modules)
 
@@ -196,6 +218,7 @@ class TrainingRun:
 
     def log(self, values: Mapping[str, Any]) -> None:
         """Write a line that belongs to no window or epoch end."""
+        self._read_windows()
         self._log.write(self.step, self.epoch + 1, values)
 
     @contextmanager
@@ -237,17 +260,39 @@ class TrainingRun:
         self._start_clocks()
 
     def _close_window(self) -> None:
-        steps, values = self._averages.read_and_reset()
-        elapsed = time.monotonic() - self._window_started
+        device = self._loader.device
         rates = {f"train/{name}": learning_rate(optimizer) for name, optimizer in self._optimizers.items()}
-        speed = {"train/images_per_second": self._images / elapsed} if elapsed > 0 else {}
-        self._log.write(self.step, self.epoch + 1, {**values, **rates, **speed})
-        self._images, self._window_started = 0, time.monotonic()
+        reading = self._averages.take(device)
+        self._windows.append(_Window(self.step, self.epoch, self._images, rates, self._window_started, reading))
+        self._images, self._window_started = 0, reading.taken
+        self._read_windows(left=WINDOWS_IN_FLIGHT[device.type])
+
+    def _read_windows(self, *, left: int = 0) -> None:
+        """Log the windows that have ended and look for faults in them, except for the ``left`` latest.
+
+        Raises:
+            TrainingFault: something has gone wrong in one of them; the run is then at its end, and later ones are gone.
+        """
+        while len(self._windows) > left:
+            window = self._windows.popleft()
+            try:
+                self._read_window(window)
+            except TrainingFault:
+                self._windows.clear()
+                self.step, self.epoch = window.step, window.epoch
+                raise
+
+    def _read_window(self, window: _Window) -> None:
+        values = window.reading.means()
+        elapsed = window.reading.taken.seconds_since(window.started)
+        speed = {"train/images_per_second": window.images / elapsed} if elapsed > 0 else {}
+        self._log.write(window.step, window.epoch + 1, {**values, **window.rates, **speed})
         check_finite(values, {})
         for detector in self._detectors:
-            detector.observe(values, steps)
+            detector.observe(values, window.reading.steps)
 
     def _save(self, *, good: bool) -> None:
+        self._read_windows()
         self._log.sync()
         checkpoint = Checkpoint(self._state(), self.step, self.epoch, good, self._config.identity())
         self._store.save(checkpoint)
@@ -292,7 +337,7 @@ class TrainingRun:
         return loaded[0].state["log_length"] if loaded else 0
 
     def _start_clocks(self) -> None:
-        now = time.monotonic()
-        self._saved_at = self._window_started = now
+        self._saved_at = time.monotonic()
+        self._window_started = Moment(self._loader.device)
         self._images = 0
         self._progress.start(self._epochs * self._steps_per_epoch, self.step)
