@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
@@ -13,10 +14,11 @@ from torch import Tensor
 pytest.importorskip("triton")
 pytest.importorskip("ganvas._native")
 
-from ganvas.ops import chain, chain_passes
+from ganvas.ops import chain, chain_passes, tuning
 from ganvas.ops.backends import cpu
-from ganvas.ops.backends.gpu import convolution, raw_gradient
+from ganvas.ops.backends.gpu import convolution, measure, raw_gradient
 from ganvas.ops.backends.gpu.convolution import TritonConvolution
+from ganvas.ops.backends.trial import Way, trial
 from ganvas.ops.layers import Layer, Tensors
 from ganvas.ops.pending import Pending, with_statistics
 
@@ -67,16 +69,23 @@ class Choice:
 
 
 @pytest.fixture
-def choice(monkeypatch) -> Choice:
-    """The chain's kernels are a GPU's, taken as this says."""
-    choice = Choice()
+def kernels(monkeypatch) -> SimpleNamespace:
+    """The chain's kernels are a GPU's, but those of the norm."""
     kernels = SimpleNamespace(**{name: getattr(cpu, name) for name in cpu.__all__})
-    kernels.chosen_convolution, kernels.stays_pending = choice.convolution, choice.stays_pending
+    kernels.chosen_convolution, kernels.stays_pending = convolution.chosen_convolution, raw_gradient.stays_pending
     kernels.pending_gradient = raw_gradient.pending_gradient
     for module in (chain, chain_passes):
         monkeypatch.setattr(module, "kernels_of", lambda tensor: kernels)
     monkeypatch.setattr(convolution, "finish_statistics", finish_statistics)
     monkeypatch.setattr(convolution, "activate", cpu.activate)
+    return kernels
+
+
+@pytest.fixture
+def choice(kernels) -> Choice:
+    """... taken as this says."""
+    choice = Choice()
+    kernels.chosen_convolution, kernels.stays_pending = choice.convolution, choice.stays_pending
     return choice
 
 
@@ -180,10 +189,46 @@ def test_what_torchs_convolution_reads_is_settled(choice):
     assert choice.raw_gradients == []
 
 
+def test_measured_choices_are_as_accurate_and_remembered(kernels, accuracy, monkeypatch, caplog, tmp_path):
+    """Each configuration and each way is run and compared with torch's; the times are imagined."""
+    monkeypatch.setenv("GANVAS_AUTOTUNE", "1")
+    monkeypatch.setenv("GANVAS_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(tuning, "decisions", {})
+    monkeypatch.setattr(tuning, "_remembered", {})
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(convolution, "device_name", lambda index: "imagined")
+    monkeypatch.setattr(raw_gradient, "settle", cpu.settle)
+    for module in (convolution, raw_gradient):
+        monkeypatch.setattr(module, "trial", lambda _, *shape: trial(kernels, *shape))
+
+    def time_in_turns(ways: dict[str, Way]) -> dict[str, float]:
+        favourites = ("pending", "on the written activation")
+        return {name: 1.0 if name.startswith(favourites) else 2.0 if name else 3.0 for name in ways}
+
+    monkeypatch.setattr(measure, "_time_in_turns", time_in_turns)
+    torch.manual_seed(9)
+    layers = (layer(4, 5), layer(5, 6, "4x4 stride 2"), layer(6, 3, "1x1"))
+    compare_with_torch(accuracy, Chain(torch.randn(2, 4, 4, 5), layers))
+    assert caplog.text == ""  # nothing was left out
+    chosen = {
+        (entry.case.direction, entry.case.convolution): entry.configuration.split(",")[0] for entry in tuning.entries()
+    }
+    assert {way for way in chosen if way[0].startswith("settle")} == {
+        ("settle_backward", "conv3x3_padding1"), ("settle_backward", "conv4x4_stride2_padding1"),
+    }  # fmt: skip
+    for (direction, name), configuration in chosen.items():
+        if direction == "settle_backward":
+            assert configuration == "pending"
+        else:
+            several = direction != "backward_input" and name != "conv1x1"
+            assert (configuration == "on the written activation") is several
+
+
 def test_a_residual_block(choice, accuracy):
     torch.manual_seed(4)
     layers = (layer(6, 8), replace(layer(8, 6), negative_slope=0.0))
-    compare_with_torch(accuracy, Chain(torch.randn(4, 6, 5, 7), layers, 2, torch.randn(4, 6, 5, 7)))
+    compare_with_torch(accuracy, Chain(torch.randn(4, 6, 4, 5), layers, 2, torch.randn(4, 6, 4, 5)))
 
 
 def test_in_bfloat16(choice, accuracy):
