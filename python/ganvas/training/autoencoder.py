@@ -42,7 +42,10 @@ def train_autoencoder(
     job = prepare(config, train_data=train_data, test_data=test_data, float_range=float_range, resume=resume)
     config, device = job.config, job.device
     progress = progress or make_progress()
-    with kept_memory(config.keep_memory), reproducible(config.seed, config.threads, device):
+    with (
+        kept_memory(config.keep_memory),
+        reproducible(config.seed, config.threads, device, deterministic=config.deterministic),
+    ):
         options = {"channels": job.train.channels, "size": job.train.size, "latent_size": config.latent_size}
         built = given_model(model) if model is not None else build_model(config.model, "autoencoder", options)
         network: nn.Module = built.network.to(device, memory_format=torch.channels_last)

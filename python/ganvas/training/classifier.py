@@ -59,7 +59,10 @@ def train_classifier(
     )
     config, device = job.config, job.device
     progress = progress or make_progress()
-    with kept_memory(config.keep_memory), reproducible(config.seed, config.threads, device):
+    with (
+        kept_memory(config.keep_memory),
+        reproducible(config.seed, config.threads, device, deterministic=config.deterministic),
+    ):
         built = given_model(model) if model is not None else _build(job)
         network: nn.Module = built.network.to(device, memory_format=torch.channels_last)
         loader = job.training_loader(Augmentation(flip=config.flip, shift=config.shift or 0))

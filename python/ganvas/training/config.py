@@ -48,6 +48,9 @@ class RunConfig:
     """On a GPU, record a training step as a CUDA graph and replay it: the same numbers without the time that starting
     each kernel takes. A step that can't be recorded runs as it is, and the reason is said. A network of your own whose
     forward takes another course in Python from step to step needs --no-cuda-graph."""
+    deterministic: bool = True
+    """On a GPU, convolutions of cuDNN that give the same bits each time; --no-deterministic has it measure, once for
+    each shape, which is fastest, and the last bits differ from run to run."""
     gradient_clip: float | None = None
     """Bound on the norm of all gradients together."""
     checkpoint_seconds: float = 60.0
@@ -64,9 +67,13 @@ class RunConfig:
     job: ClassVar[str]
     """The word after `ganvas train`."""
     free_on_resume: ClassVar[frozenset[str]] = frozenset(
-        {"out", "root", "device", "threads", "keep_memory", "cuda_graph", "checkpoint_seconds", "max_recoveries"}
-    )
-    """Fields that do not change the steps taken so far; every other must stay as it was when a run is resumed."""
+        {
+            "out", "root", "device", "threads", "keep_memory", "cuda_graph", "deterministic", "checkpoint_seconds",
+            "max_recoveries",
+        }
+    )  # fmt: skip
+    """Fields that do not change the steps taken so far, but for their last bits; every other must stay as it was when a
+    run is resumed."""
 
     def __post_init__(self) -> None:
         """Raises ValueError or TypeError for a value that no run could use."""

@@ -56,7 +56,10 @@ def train_gan(
     config, device = job.config, job.device
     losses = DiscriminatorLoss(config.loss, label_smoothing=config.label_smoothing), GeneratorLoss(config.loss)
     progress = progress or make_progress()
-    with kept_memory(config.keep_memory), reproducible(config.seed, config.threads, device):
+    with (
+        kept_memory(config.keep_memory),
+        reproducible(config.seed, config.threads, device, deterministic=config.deterministic),
+    ):
         built = given_model(models) if models is not None else _build(job)
         generator, discriminator = (network.to(device, memory_format=torch.channels_last) for network in built.network)
         with job.run_folder(built, progress):

@@ -36,17 +36,21 @@ class RandomState:
 
 
 @contextmanager
-def reproducible(seed: int, threads: int | None, device: torch.device) -> Iterator[None]:
-    """Seed torch, set its CPU threads and deterministic convolutions; put everything back afterwards."""
+def reproducible(seed: int, threads: int | None, device: torch.device, *, deterministic: bool = True) -> Iterator[None]:
+    """Seed torch, set its CPU threads and how cuDNN chooses its convolutions; put everything back afterwards.
+
+    ``deterministic``: the same bits each time. Without it cuDNN measures its algorithms once for every shape, of which
+    a training has few, and takes the fastest.
+    """
     previous_threads = torch.get_num_threads()
     previous_cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        if threads is not None:
-            torch.set_num_threads(threads)
-        # cuDNN's default weight gradient adds with atomics, and a measured choice differs from run to run.
-        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
         try:
+            if threads is not None:
+                torch.set_num_threads(threads)
+            # cuDNN's default weight gradient adds with atomics, and a measured choice differs from run to run.
+            torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = deterministic, not deterministic
             yield
         finally:
             torch.set_num_threads(previous_threads)
