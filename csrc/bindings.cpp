@@ -472,6 +472,29 @@ void batch_norm_leaky_relu_forward_cuda_(Dtype dtype, std::int64_t rows, std::in
         {device, pointer<void>(stream)});
 }
 
+std::int64_t batch_statistics_workspace_cuda_(Dtype dtype, std::int64_t rows, std::int64_t channels,
+                                              std::int64_t groups, int device) {
+    const auto shape = batch_norm_shape_cuda(dtype, rows, channels, groups, 0.0f, 1.0f, false);
+    return 4 * cuda::batch_statistics_workspace_floats(shape, device);
+}
+
+void batch_statistics_cuda_(Dtype dtype, std::int64_t rows, std::int64_t channels, std::int64_t groups, float eps,
+                            float negative_slope, bool activation_first, Address input, Address weight, Address bias,
+                            Address running_mean, Address running_var, float momentum, Address mean, Address var,
+                            Address scale, Address shift, Address workspace, std::int64_t workspace_bytes, int device,
+                            Address stream) {
+    const auto shape = batch_norm_shape_cuda(dtype, rows, channels, groups, eps, negative_slope, activation_first);
+    require_address("input", input, element_size(dtype));
+    for (Address address : {mean, var, scale, shift}) require_address("statistics", address, 4);
+    require((running_mean == 0) == (running_var == 0), "running_mean and running_var go together");
+    require_workspace(workspace, workspace_bytes, cuda::batch_statistics_workspace_floats(shape, device));
+    cuda::batch_statistics(
+        {shape, pointer<void>(input), pointer<float>(weight), pointer<float>(bias), pointer<float>(running_mean),
+         pointer<float>(running_var), momentum, pointer<float>(mean), pointer<float>(var), pointer<float>(scale),
+         pointer<float>(shift), pointer<float>(workspace)},
+        {device, pointer<void>(stream)});
+}
+
 void batch_norm_leaky_relu_backward_cuda_(Dtype dtype, std::int64_t rows, std::int64_t channels, std::int64_t groups,
                                           float eps, float negative_slope, bool activation_first, bool training,
                                           Address grad_output, Address output, Address input, Address weight,
@@ -651,6 +674,8 @@ PYBIND11_MODULE(_native, module, py::mod_gil_not_used()) {
 #if GANVAS_WITH_CUDA
     module.def("batch_norm_workspace_cuda", batch_norm_workspace_cuda_);
     module.def("batch_norm_leaky_relu_forward_cuda", batch_norm_leaky_relu_forward_cuda_, without_gil);
+    module.def("batch_statistics_workspace_cuda", batch_statistics_workspace_cuda_);
+    module.def("batch_statistics_cuda", batch_statistics_cuda_, without_gil);
     module.def("batch_norm_leaky_relu_backward_cuda", batch_norm_leaky_relu_backward_cuda_, without_gil);
     module.def("settle_pending_gradient_cuda", settle_pending_gradient_cuda_, without_gil);
     module.def("finish_statistics_workspace_cuda", finish_statistics_workspace_cuda_);

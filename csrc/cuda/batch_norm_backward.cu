@@ -284,12 +284,9 @@ std::int64_t batch_norm_workspace_floats(const BatchNormShape& shape, int device
     const int processors = multiprocessors("batch_norm_workspace", {device, nullptr});
     Tiling tiling = tiling_of(shape, {});
     if (take_whole_columns(tiling, processors)) return 0;
-    cut(tiling, statistics_unroll(element_bytes(shape.dtype)), processors * statistics_blocks);
-    const Index of_statistics = shape.groups * tiles_of(tiling) * (2 * shape.channels + 1);
-    const Index joined = finish_workspace_floats(shape.groups, tiles_of(tiling), shape.channels);
     cut(tiling, few_unroll, processors * backward_blocks);  // at least as many tiles as without a residual
     const Index of_sums = 2 * shape.groups * (tiles_of(tiling) + 1) * shape.channels;
-    return std::max(of_statistics + joined, of_sums);
+    return std::max(batch_statistics_workspace_floats(shape, device), of_sums);
 }
 
 }  // namespace ganvas::cuda

@@ -297,12 +297,39 @@ __global__ void __launch_bounds__(most_threads, statistics_blocks)
     }
 }
 
+// Of slices, then of the whole.
+template <bool activation_first, class T>
+void take_statistics(const BatchStatistics& args, Tiling tiling, Queue queue) {
+    constexpr const char* name = "batch_statistics";
+    const BatchNormShape& shape = args.shape;
+    cut(tiling, statistics_unroll(sizeof(T)), multiprocessors(name, queue) * statistics_blocks);
+    const Index tiles = tiles_of(tiling), values = shape.groups * tiles * shape.channels;
+    float* const counts = args.workspace;
+    float* const means = counts + shape.groups * tiles;
+    float* const deviations = means + values;
+    launch(name, statistics_kernel<activation_first, T>, tiling.blocks(), tiling.threads(),
+           StatisticsArgs<T>{tiling, static_cast<const T*>(args.input), Leaky(shape.negative_slope), counts, means,
+                             deviations},
+           queue);
+    finish_statistics({shape.groups, tiles, shape.channels, counts, means, deviations, args.weight, args.bias,
+                       shape.eps, args.running_mean, args.running_var, args.momentum, args.mean, args.var, args.scale,
+                       args.shift, deviations + values},
+                      queue);
+}
+
+template <class T>
+void statistics_of(const BatchStatistics& args, Queue queue) {
+    const Tiling tiling = tiling_of(args.shape, {args.input});
+    if (args.shape.activation_first) return take_statistics<true, T>(args, tiling, queue);
+    return take_statistics<false, T>(args, tiling, queue);
+}
+
 template <Form form, class T>
 void forward(const BatchNormForward& args, Queue queue) {
     constexpr const char* name = "batch_norm_leaky_relu_forward";
     const BatchNormShape& shape = args.shape;
     const int processors = multiprocessors(name, queue);
-    Tiling tiling = tiling_of(shape, {args.input, args.residual, args.output});
+    const Tiling tiling = tiling_of(shape, {args.input, args.residual, args.output});
     ApplyArgs<T> apply_args{
         tiling,
         static_cast<const T*>(args.input),
@@ -319,17 +346,10 @@ void forward(const BatchNormForward& args, Queue queue) {
                                               args.momentum},
                           queue);
         }
-        cut(tiling, statistics_unroll(sizeof(T)), processors * statistics_blocks);
-        const Index tiles = tiles_of(tiling);
-        float* const counts = args.workspace;
-        float* const means = counts + shape.groups * tiles;
-        float* const deviations = means + shape.groups * tiles * shape.channels;
-        launch(name, statistics_kernel<form == Form::act_bn, T>, tiling.blocks(), tiling.threads(),
-               StatisticsArgs<T>{tiling, apply_args.input, apply_args.leaky, counts, means, deviations}, queue);
-        finish_statistics({shape.groups, tiles, shape.channels, counts, means, deviations, nullptr, nullptr, shape.eps,
-                           args.running_mean, args.running_var, args.momentum, args.mean, args.var, nullptr, nullptr,
-                           deviations + shape.groups * tiles * shape.channels},
-                          queue);
+        take_statistics<form == Form::act_bn, T>(
+            {shape, args.input, nullptr, nullptr, args.running_mean, args.running_var, args.momentum, args.mean,
+             args.var, nullptr, nullptr, args.workspace},
+            tiling, queue);
     }
     cut(apply_args.tiling, unroll_of<form>, processors * apply_blocks);
     launch(name, apply_kernel<form, T>, apply_args.tiling.blocks(), apply_args.tiling.threads(), apply_args, queue);
@@ -352,6 +372,26 @@ void batch_norm_leaky_relu_forward(const BatchNormForward& args, Queue queue) {
             return forward_of<__nv_bfloat16>(args, queue);
         case Dtype::float16:
             return forward_of<__half>(args, queue);
+    }
+}
+
+std::int64_t batch_statistics_workspace_floats(const BatchNormShape& shape, int device) {
+    Tiling tiling = tiling_of(shape, {});
+    cut(tiling, statistics_unroll(element_bytes(shape.dtype)),
+        multiprocessors("batch_statistics_workspace", {device, nullptr}) * statistics_blocks);
+    const Index tiles = tiles_of(tiling);
+    return shape.groups * tiles * (2 * shape.channels + 1) +
+           finish_workspace_floats(shape.groups, tiles, shape.channels);
+}
+
+void batch_statistics(const BatchStatistics& args, Queue queue) {
+    switch (args.shape.dtype) {
+        case Dtype::float32:
+            return statistics_of<float>(args, queue);
+        case Dtype::bfloat16:
+            return statistics_of<__nv_bfloat16>(args, queue);
+        case Dtype::float16:
+            return statistics_of<__half>(args, queue);
     }
 }
 

@@ -46,6 +46,22 @@ struct BatchNormForward {
     float* workspace;      // batch_norm_workspace_floats; unused unless training
 };
 
+// The first half of the forward pass in training, for an activation that stays pending: the input is read once.
+struct BatchStatistics {
+    BatchNormShape shape;
+    const void* input;    // [rows, C]
+    const float* weight;  // [C] or null: 1
+    const float* bias;    // [C] or null: 0
+    float* running_mean;  // as in BatchNormForward
+    float* running_var;
+    float momentum;
+    float* mean;       // [G, C]
+    float* var;        // [G, C], biased
+    float* scale;      // [G, C] or null
+    float* shift;      // [G, C] or null
+    float* workspace;  // batch_statistics_workspace_floats
+};
+
 struct BatchNormBackward {
     BatchNormShape shape;
     const void* grad_output;  // [rows, C]
@@ -82,9 +98,11 @@ struct PendingGradient {
 
 // Scratch of a forward or a backward pass. Its contents need not be kept or cleared between calls.
 std::int64_t batch_norm_workspace_floats(const BatchNormShape& shape, int device);
+std::int64_t batch_statistics_workspace_floats(const BatchNormShape& shape, int device);
 
 // Enqueue the kernels. Throw std::runtime_error, naming the kernel, where CUDA refuses the launch.
 void batch_norm_leaky_relu_forward(const BatchNormForward& args, Queue queue);
+void batch_statistics(const BatchStatistics& args, Queue queue);
 void batch_norm_leaky_relu_backward(const BatchNormBackward& args, Queue queue);
 void settle_pending_gradient(const PendingGradient& args, Queue queue);
 

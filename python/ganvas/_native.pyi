@@ -348,6 +348,31 @@ def batch_norm_leaky_relu_forward_cuda(
     stream: int,
     /,
 ) -> None: ...
+def batch_statistics_workspace_cuda(dtype: Dtype, rows: int, channels: int, groups: int, device: int, /) -> int: ...
+def batch_statistics_cuda(
+    dtype: Dtype,
+    rows: int,
+    channels: int,
+    groups: int,
+    eps: float,
+    negative_slope: float,
+    activation_first: bool,
+    input: int,
+    weight: int,
+    bias: int,
+    running_mean: int,
+    running_var: int,
+    momentum: float,
+    mean: int,
+    var: int,
+    scale: int,
+    shift: int,
+    workspace: int,
+    workspace_bytes: int,
+    device: int,
+    stream: int,
+    /,
+) -> None: ...
 def batch_norm_leaky_relu_backward_cuda(
     dtype: Dtype,
     rows: int,

@@ -18,7 +18,7 @@ from ganvas.ops.pending import Pending
 
 pytest.importorskip("ganvas._native")
 
-from ganvas.ops.backends.cuda import batch_norm_leaky_relu, pending
+from ganvas.ops.backends.cuda import batch_norm_leaky_relu, pending, statistics
 
 pytestmark = needs_compiler
 
@@ -26,6 +26,8 @@ FUNCTIONS = {
     "batch_norm_workspace_cuda": "Lillli",
     "batch_norm_leaky_relu_forward_cuda": "illlffiipppppppfppplip",
     "batch_norm_leaky_relu_backward_cuda": "illlffiipppppppppppplip",
+    "batch_statistics_workspace_cuda": "Lillli",
+    "batch_statistics_cuda": "illlffipppppfppppplip",
     "settle_pending_gradient_cuda": "illlffiippppppppip",
     "finish_statistics_workspace_cuda": "Llll",
     "finish_statistics_cuda": "lllpppppfppfppppplip",
@@ -54,6 +56,11 @@ def memory():
 @pytest.fixture
 def kernels(host, memory, monkeypatch) -> Any:
     return stand_in(monkeypatch, batch_norm_leaky_relu, host, memory)
+
+
+@pytest.fixture
+def of_batch(host, memory, monkeypatch) -> Any:
+    return stand_in(monkeypatch, statistics, host, memory)
 
 
 @pytest.fixture
@@ -438,6 +445,48 @@ def test_a_refused_launch_names_the_kernel(kernels, host):
         RuntimeError, match="batch_norm_leaky_relu_forward: CUDA error cudaErrorCooperativeLaunchTooLarge"
     ):
         kernels.train(torch.randn(4, 8), None, None, EPS, 0.2, False, 1)
+
+
+# Statistics for an activation that stays pending.
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation_first", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "groups"), [((4, 3, 3, 3), 2), ((10, 3, 25, 23), 1), ((12, 8, 5, 5), 3), ((13, 64, 9, 8), 1)]
+)
+def test_batch_statistics_are_trainings(of_batch, kernels, memory, shape, groups, dtype, activation_first):
+    inputs = inputs_of(Case(shape, groups, dtype, activation_first, mean=3.0))
+    running = [[memory.copy(t) for t in (inputs.running_mean, inputs.running_var)] for _ in range(2)]
+    norm = memory.copy(inputs.weight), memory.copy(inputs.bias)
+    x = memory.copy(inputs.x)
+    result = of_batch.batch_statistics(x, *norm, *running[0], MOMENTUM, EPS, 0.2, activation_first, groups)
+    _, mean, var = kernels.train(x, *norm, EPS, 0.2, activation_first, groups, *running[1], MOMENTUM)
+    torch.testing.assert_close((result.mean, result.var), (mean, var), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(running[0], running[1], rtol=1e-5, atol=1e-6)
+    scale = inputs.weight / (result.var.double() + EPS).sqrt()
+    torch.testing.assert_close(result.scale.double(), scale, rtol=3e-7, atol=0)
+    shift = inputs.bias - result.mean.double() * scale
+    torch.testing.assert_close(result.shift.double(), shift, rtol=3e-7, atol=3e-7 * (1 + 3 * scale.abs().max().item()))
+    assert (result.stored, result.batch_statistics, result.activation_first) == (x, True, activation_first)
+
+
+@pytest.mark.parametrize("shape", [(128, 64, 2, 2), (13, 64, 9, 8)])
+def test_batch_statistics_read_each_byte_once_in_two_launches(of_batch, host, shape):
+    x, before = torch.randn(shape).contiguous(memory_format=torch.channels_last), host.library.launches()
+    _, read, written = host.vectors_moved(
+        lambda: of_batch.batch_statistics(x, None, None, None, None, 0.0, EPS, 0.2, False, 1)
+    )
+    assert (read, written) == (x.nbytes // 16, 0)
+    assert host.library.launches() == before + 2
+
+
+def test_threads_may_take_turns_in_any_order_for_batch_statistics(of_batch, host):
+    x = torch.randn(20, 7, 15, 15).contiguous(memory_format=torch.channels_last)
+    first, second = host.in_both_orders(
+        lambda: list(of_batch.batch_statistics(x, None, None, None, None, 0.0, EPS, 0.2, False, 2)[1:5])
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
 # Statistics that a convolution's kernel left.

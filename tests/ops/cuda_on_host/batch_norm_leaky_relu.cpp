@@ -41,6 +41,35 @@ const char* batch_norm_leaky_relu_forward_cuda(int dtype, std::int64_t rows, std
     });
 }
 
+std::int64_t batch_statistics_workspace_cuda(int dtype, std::int64_t rows, std::int64_t channels, std::int64_t groups,
+                                             int device) {
+    return 4 * cuda::batch_statistics_workspace_floats(
+                   {static_cast<Dtype>(dtype), rows, channels, groups, 0.0f, 1.0f, false}, device);
+}
+
+const char* batch_statistics_cuda(int dtype, std::int64_t rows, std::int64_t channels, std::int64_t groups, float eps,
+                                  float negative_slope, int activation_first, const void* input, const float* weight,
+                                  const float* bias, float* running_mean, float* running_var, float momentum,
+                                  float* mean, float* var, float* scale, float* shift, float* workspace, std::int64_t,
+                                  int device, void* stream) {
+    return message_of([=] {
+        cuda::batch_statistics(
+            {{static_cast<Dtype>(dtype), rows, channels, groups, eps, negative_slope, activation_first != 0},
+             input,
+             weight,
+             bias,
+             running_mean,
+             running_var,
+             momentum,
+             mean,
+             var,
+             scale,
+             shift,
+             workspace},
+            {device, stream});
+    });
+}
+
 const char* batch_norm_leaky_relu_backward_cuda(
     int dtype, std::int64_t rows, std::int64_t channels, std::int64_t groups, float eps, float negative_slope,
     int activation_first, int training, const void* grad_output, const void* output, const void* input,
