@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ganvas.training.averages import Averages
 from ganvas.training.optimizers import make_optimizer
 from ganvas.training.step_graph import StepGraph
 
@@ -25,8 +26,14 @@ class RecordedTraining:
         self.noise = torch.Generator(self.device).manual_seed(1)
         self.recorder = recorder and recorder(self.device, self.noise)
         self.said: list[str] = []
+        self.averages = Averages(self.device)
         self.step = StepGraph(
-            self.take, self.recorder, modules=(self.network,), optimizers=(self.optimizer,), say=self.said.append
+            self.take,
+            self.recorder,
+            modules=(self.network,),
+            optimizers=(self.optimizer,),
+            averages=self.averages,
+            say=self.said.append,
         )
         torch.manual_seed(2)
 
@@ -48,6 +55,8 @@ class RecordedTraining:
                 for index, state in self.optimizer.state_dict()["state"].items()
                 for name, value in state.items()
             },
+            "sum of losses": self.averages.state_dict()["sums"]["loss"].clone(),
+            "number of losses": torch.tensor(self.averages.state_dict()["counts"]["loss"]),
             "noise": self.noise.get_state(),
             "random": torch.get_rng_state(),
             **({"random, GPU": torch.cuda.get_rng_state(self.device)} if self.device.type == "cuda" else {}),

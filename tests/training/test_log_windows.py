@@ -33,7 +33,7 @@ def test_log_is_that_of_windows_read_at_once(job, tmp_path, undisturbed, late):
 def test_window_is_read_when_the_next_one_has_ended_and_the_last_at_the_end_of_the_epoch(tmp_path, late, monkeypatch):
     seen = []
     take, means = Averages.take, averages.Reading.means
-    monkeypatch.setattr(Averages, "take", lambda self, device: seen.append("taken") or take(self, device))
+    monkeypatch.setattr(Averages, "take", lambda self: seen.append("taken") or take(self))
     monkeypatch.setattr(averages.Reading, "means", lambda self: seen.append("read") or means(self))
     run_classifier(tmp_path / "run", epochs=2, log_every=1)
     assert seen == 2 * ["taken", "taken", "read", "taken", "read", "read"]
@@ -81,14 +81,17 @@ def test_windows_that_have_ended_are_logged_when_a_step_raises(tmp_path, late):
 
 
 def test_means_of_values_that_are_not_there_in_every_step():
-    window = Averages()
+    window = Averages(CPU)
     for step in range(4):
-        window.add({"a": torch.tensor(float(step))} | ({"b": torch.tensor(8.0)} if step % 2 else {}))
-    reading = window.take(CPU)
+        values = {"a": torch.tensor(float(step))} | ({"b": torch.tensor(8.0)} if step % 2 else {})
+        window.add(values)
+        window.count(values)
+    reading = window.take()
     window.add({"a": torch.tensor(math.inf)})
+    window.count("a")
     assert (reading.steps, reading.means()) == (4, {"a": 1.5, "b": 8.0})
-    assert window.take(CPU).means() == {"a": math.inf}
-    assert (window.take(CPU).steps, window.take(CPU).means()) == (0, {})
+    assert window.take().means() == {"a": math.inf}
+    assert (window.take().steps, window.take().means()) == (0, {})
 
 
 def test_seconds_between_moments_are_those_of_the_clock():

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from ganvas.data import BatchLoader
+from ganvas.training.averages import Averages
 from ganvas.training.config import AutoencoderConfig
 from ganvas.training.grids import save_grid
 from ganvas.training.memory import kept_memory
@@ -70,11 +71,13 @@ def train_autoencoder(
             optimizer.step()
             return {"train/loss": loss}
 
+        averages = Averages(device)
         take_step = StepGraph(
             step,
             cuda_recorder(device) if config.cuda_graph else None,
             modules=(network,),
             optimizers=(optimizer,),
+            averages=averages,
             say=progress.message,
         )
         assert config.epochs is not None  # prepare() filled it in
@@ -86,6 +89,7 @@ def train_autoencoder(
                 epochs=config.epochs,
                 modules={"model": network},
                 optimizers={"learning_rate": optimizer},
+                averages=averages,
                 parts={"random": RandomState(device)},
                 on_load=take_step.forget,
                 resume=resume,
@@ -96,7 +100,7 @@ def train_autoencoder(
                     with run.recovering():
                         network.train()
                         for images, _ in run.batches():
-                            run.record(take_step(images))
+                            take_step(images)
                         error = reconstruction_error(network, test)
                         job.folder.save_weights("model_last", network, step=run.step, loss=error)
                         if run.improved("test/loss", error, larger_is_better=False):

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from ganvas.data import Augmentation
 from ganvas.metrics import ClassificationMetrics, evaluate_classifier
+from ganvas.training.averages import Averages
 from ganvas.training.config import ClassifierConfig
 from ganvas.training.memory import kept_memory
 from ganvas.training.optimizers import make_optimizer
@@ -92,11 +93,13 @@ def train_classifier(
             optimizer.step()
             return {"train/loss": loss, "train/accuracy": _accuracy(logits, labels)}
 
+        averages = Averages(device)
         take_step = StepGraph(
             step,
             cuda_recorder(device) if config.cuda_graph else None,
             modules=(network,),
             optimizers=(optimizer,),
+            averages=averages,
             say=progress.message,
         )
         with job.run_folder(built, progress):
@@ -107,6 +110,7 @@ def train_classifier(
                 epochs=config.epochs,
                 modules={"model": network},
                 optimizers={"learning_rate": optimizer},
+                averages=averages,
                 parts={"schedule": schedule, "random": RandomState(device)},
                 on_load=take_step.forget,
                 resume=resume,
@@ -118,7 +122,7 @@ def train_classifier(
                     with run.recovering():
                         network.train()
                         for images, labels in run.batches():
-                            run.record(take_step(images, labels))
+                            take_step(images, labels)
                             schedule.step()
                         if not _is_measured(run.epoch, config):
                             run.end_epoch({})

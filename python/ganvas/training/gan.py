@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from ganvas.data import Augmentation
 from ganvas.losses import DiscriminatorLoss, GeneratorLoss, r1_penalty
 from ganvas.training import extractor
+from ganvas.training.averages import Averages
 from ganvas.training.config import GANConfig
 from ganvas.training.faults import Detector, DiversityCollapse, StuckDiscriminator
 from ganvas.training.gan_steps import AveragedGenerator, discriminate_pair, frozen
@@ -120,11 +121,13 @@ def _train(
             values["train/generator_loss"] = loss
         return values
 
+    averages = Averages(device)
     take_step = StepGraph(
         step,
         cuda_recorder(device, noise) if config.cuda_graph else None,
         modules=(generator, discriminator, averaged),
         optimizers=(generator_optimizer, discriminator_optimizer),
+        averages=averages,
         say=progress.message,
     )
     assert config.epochs is not None  # prepare() filled it in
@@ -138,6 +141,7 @@ def _train(
             "generator_learning_rate": generator_optimizer,
             "discriminator_learning_rate": discriminator_optimizer,
         },
+        averages=averages,
         parts={"random": RandomState(device, noise=noise)},
         detectors=_detectors(config),
         on_load=take_step.forget,
@@ -152,13 +156,12 @@ def _train(
                 generator.train()
                 discriminator.train()
                 for real, labels in run.batches():
-                    values = take_step(
+                    take_step(
                         real,
                         labels if generator.num_classes is not None else None,
                         penalises=config.r1_gamma > 0 and run.step % config.r1_every == 0,
                         updates_generator=(run.step + 1) % config.discriminator_steps == 0,
                     )
-                    run.record(values)
                 run.end_epoch(evaluation.of_epoch(run, averaged.module, generator, discriminator))
         run.finish(evaluation.of_best(run, averaged.module))
 

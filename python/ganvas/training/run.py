@@ -6,8 +6,7 @@ A recipe reads
         while run.epoch < config.epochs:
             with run.recovering():
                 for images, labels in run.batches():
-                    ...one step...
-                    run.record({"train/loss": loss})
+                    ...one step, whose losses are added to the averages...
                 run.end_epoch({"test/accuracy": ...})
 
 and all of the rest happens between its lines: :meth:`TrainingRun.batches` starts where the checkpoint was taken, logs,
@@ -77,6 +76,7 @@ class TrainingRun:
         modules: networks, by the name used in messages; their states are checkpointed and checked for NaN.
         optimizers: checkpointed; their learning rates are logged and, at a recovery, lowered.
         parts: whatever else has a state.
+        averages: what is logged of the steps.
         detectors: see :mod:`ganvas.training.faults`.
         on_load: called after a checkpoint has been loaded, which replaces the tensors of the optimisers' state.
         resume: continue from the newest whole checkpoint, if there is one.
@@ -93,6 +93,7 @@ class TrainingRun:
         modules: Mapping[str, nn.Module],
         optimizers: Mapping[str, Optimizer],
         parts: Mapping[str, Stateful],
+        averages: Averages,
         detectors: Sequence[Detector] = (),
         on_load: Callable[[], None] | None = None,
         resume: bool = False,
@@ -114,7 +115,7 @@ class TrainingRun:
         self._resume = resume
         self._progress = progress or make_progress()
         self._store = CheckpointStore(folder.checkpoints, ganvas.__version__)
-        self._averages = Averages()
+        self._averages = averages
         self._recoveries = 0
         self._steps_per_epoch = len(loader)
         self._images = 0
@@ -175,10 +176,6 @@ class TrainingRun:
         self._read_windows()
         # Evaluation comes next: weights that are not finite would only make it fail.
         check_finite({}, self._modules)
-
-    def record(self, values: Mapping[str, Tensor]) -> None:
-        """Add 0-dim tensors to the averages of the current log window. Nothing is read back from the device."""
-        self._averages.add(values)
 
     def improved(self, name: str, value: float, *, larger_is_better: bool) -> bool:
         """Whether ``value`` is the best under this name so far; if so, it is remembered as such."""
@@ -260,12 +257,11 @@ class TrainingRun:
         self._start_clocks()
 
     def _close_window(self) -> None:
-        device = self._loader.device
         rates = {f"train/{name}": learning_rate(optimizer) for name, optimizer in self._optimizers.items()}
-        reading = self._averages.take(device)
+        reading = self._averages.take()
         self._windows.append(_Window(self.step, self.epoch, self._images, rates, self._window_started, reading))
         self._images, self._window_started = 0, reading.taken
-        self._read_windows(left=WINDOWS_IN_FLIGHT[device.type])
+        self._read_windows(left=WINDOWS_IN_FLIGHT[self._loader.device.type])
 
     def _read_windows(self, *, left: int = 0) -> None:
         """Log the windows that have ended and look for faults in them, except for the ``left`` latest.

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ganvas.training.averages import Averages
 from ganvas.training.recordable import Recordable
 
 WARM_UP_STEPS = 3
@@ -61,6 +62,7 @@ class StepGraph:
         recorder: None to run every step as it is. See :func:`cuda_recorder`.
         modules, optimizers: what the step changes. Numbers of optimisers (learning rates, momentum) may change between
             steps if they are :class:`~ganvas.training.recordable.Recordable`.
+        averages: to which each step adds its outputs.
         say: called with one line if a step cannot be recorded and so goes on as it is.
     """
 
@@ -71,12 +73,14 @@ class StepGraph:
         *,
         modules: Sequence[nn.Module],
         optimizers: Sequence[Optimizer] = (),
+        averages: Averages | None = None,
         say: Callable[[str], None],
     ) -> None:
         self._step = step
         self._recorder = recorder
         self._modules = modules
         self._optimizers = optimizers
+        self._averages = averages
         self._say = say
         self._warm_ups: Counter[Hashable] = Counter()
         self._recordings: dict[Hashable, _Recording] = {}
@@ -91,6 +95,18 @@ class StepGraph:
         for optimizer in self._optimizers:
             if isinstance(optimizer, Recordable):
                 optimizer.publish()
+        outputs = self._take(inputs, options)
+        if self._averages is not None:
+            self._averages.count(outputs)
+        return outputs
+
+    def forget(self) -> None:
+        """Begin anew, with warm-up steps: tensors that the recordings work on have been replaced by others."""
+        self._recordings.clear()
+        self._warm_ups.clear()
+        self._latest = None
+
+    def _take(self, inputs: Inputs, options: Mapping[str, Hashable]) -> Outputs:
         if self._recorder is None:
             return self._call(inputs, options)
         key = tuple(sorted(options.items()))
@@ -103,14 +119,11 @@ class StepGraph:
             return self._run(key, inputs, options)
         return self._replay(recording, inputs)
 
-    def forget(self) -> None:
-        """Begin anew, with warm-up steps: tensors that the recordings work on have been replaced by others."""
-        self._recordings.clear()
-        self._warm_ups.clear()
-        self._latest = None
-
     def _call(self, inputs: Inputs, options: Mapping[str, Hashable]) -> Outputs:
-        return {name: value.detach() for name, value in self._step(*inputs, **options).items()}
+        outputs = {name: value.detach() for name, value in self._step(*inputs, **options).items()}
+        if self._averages is not None:
+            self._averages.add(outputs)
+        return outputs
 
     def _run(self, key: Hashable, inputs: Inputs, options: Mapping[str, Hashable]) -> Outputs:
         self._latest = None
@@ -129,7 +142,8 @@ class StepGraph:
     ) -> _Recording | None:
         """None, and everything as it was, if that fails."""
         static = tuple(None if given is None else given.clone() for given in inputs)
-        before = _State(self._modules, self._optimizers, recorder.generators)
+        sums = () if self._averages is None else (self._averages.sums,)
+        before = _State(self._modules, self._optimizers, recorder.generators, sums)
         try:
             outputs, replay = recorder.record(lambda: self._call(static, options))
             before.check_unchanged_on_host()
@@ -174,7 +188,11 @@ class _State:
     """All that a step may change, as it is now."""
 
     def __init__(
-        self, modules: Sequence[nn.Module], optimizers: Sequence[Optimizer], generators: Sequence[torch.Generator]
+        self,
+        modules: Sequence[nn.Module],
+        optimizers: Sequence[Optimizer],
+        generators: Sequence[torch.Generator],
+        others: Sequence[Tensor],
     ) -> None:
         self._optimizers = [
             (optimizer, {parameter: dict(state) for parameter, state in optimizer.state.items()})
@@ -183,6 +201,7 @@ class _State:
         tensors = itertools.chain(
             *(itertools.chain(module.parameters(), module.buffers()) for module in modules),
             *(state.values() for _, states in self._optimizers for state in states.values()),
+            others,
         )
         self._values = [(tensor, tensor.detach().clone()) for tensor in tensors if isinstance(tensor, Tensor)]
         self._gradients = [(parameter, parameter.grad) for module in modules for parameter in module.parameters()]
