@@ -13,6 +13,7 @@ from ganvas.ops.pending import Pending
 if not cuda.MISSING:
     from ganvas.ops.backends.cuda.max_pool import max_pool, max_pool_backward
     from ganvas.ops.backends.cuda.pending import activate, finish_statistics, settle
+    from ganvas.ops.backends.cuda.statistics import batch_normalised
 
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -270,6 +271,21 @@ def test_pending_activations_are_the_cpus(shape, dtype, activation_first):
     cpus = cpu.settle(grad.cpu(), sums.cpu(), on_cpu(given))
     for result, expected in zip(ours, cpus):
         torch.testing.assert_close(result.cpu(), expected, **tolerance)
+
+
+@pytest.mark.parametrize("shape", [(6, 64, 5, 5), (64, 64, 32, 32), (20, 7, 31, 17)])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation_first", [False, True])
+def test_batch_statistics_and_an_activation_that_is_written_later_are_trainings(shape, dtype, activation_first):
+    x, weight, bias = pixels(*shape, dtype=dtype), *torch.randn(2, shape[1], device="cuda")
+    running = [[torch.zeros(shape[1], device="cuda"), torch.ones(shape[1], device="cuda")] for _ in range(2)]
+    result, _ = batch_normalised(x, None, weight, bias, *running[0], 0.3, 1e-5, 0.2, activation_first, 2)
+    output, mean, var = cuda.batch_norm_leaky_relu.train(
+        x, weight, bias, 1e-5, 0.2, activation_first, 2, *running[1], 0.3
+    )
+    torch.testing.assert_close((result.mean, result.var), (mean, var), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(running[0], running[1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(activate(result), output, rtol=2 * torch.finfo(dtype).eps, atol=1e-4)
 
 
 @pytest.mark.parametrize(("tiles", "channels"), [(1, 64), (333, 65), (100_000, 16)])

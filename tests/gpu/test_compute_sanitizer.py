@@ -22,6 +22,7 @@ TESTS = {  # every kernel, in whole vectors and in parts of them
         "test_with_a_residual_it_is_as_accurate_as_torch",
         "test_a_slice_at_an_odd_address_is_read_in_place",
         "test_pending_activations_are_the_cpus",
+        "test_batch_statistics_and_an_activation_that_is_written_later_are_trainings",
         "test_tiles_of_statistics_are_joined",
         "test_max_pooling_is_the_cpus",
     ),

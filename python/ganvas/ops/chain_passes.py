@@ -21,7 +21,7 @@ from ganvas.ops.convolution import convolve, convolve_backward
 from ganvas.ops.direct import is_float32
 from ganvas.ops.kernels import kernels_of
 from ganvas.ops.layers import Layer, Tensors, by_layer
-from ganvas.ops.pending import Pending, PendingGradient, fixed, with_statistics
+from ganvas.ops.pending import Pending, PendingGradient, fixed
 
 
 class Stage(NamedTuple):
@@ -163,7 +163,7 @@ def _forward(
     stored = before.stored
     kernels = kernels_of(stored)
     kernel = kernels.chosen_convolution(
-        layer.geometry, own.weight, stored.shape, stored.dtype, forward_direction(layer)
+        layer.geometry, own.weight, stored.shape, stored.dtype, forward_direction(layer), layer.backend
     )
     norm: Any = (own.bn_weight, own.bn_bias)
     options: Any = (layer.eps, layer.negative_slope, layer.activation_first)
@@ -180,19 +180,7 @@ def _forward(
             input = kernels.activate(before) if written is None else written
             output = checks.channels_last(convolve(input, *_of_dtype(own, input.dtype), layer.geometry))
         if layer.batch_statistics:
-            if residual is None:
-                activation, mean, var = kernels.batch_norm_leaky_relu.train(output, *norm, *options, groups, *running)  # type: ignore[call-arg]
-            else:
-                activation, mean, var = kernels.batch_norm_leaky_relu.add_train(
-                    output,
-                    *norm,
-                    residual,
-                    layer.eps,
-                    layer.negative_slope,
-                    groups,
-                    *running,  # type: ignore[call-arg]
-                )
-            pending = with_statistics(output, *norm, mean, var, *options, True)  # type: ignore[call-arg]
+            pending, activation = kernels.batch_normalised(output, residual, *norm, *running, *options, groups)
         else:
             given = (None, None) if layer.batch_statistics is None else (layer.running_mean, layer.running_var)
             pending = fixed(output, *norm, *given, *options, groups)  # type: ignore[call-arg]

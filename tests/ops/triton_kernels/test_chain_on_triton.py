@@ -53,8 +53,10 @@ class Choice:
     activates: bool = False
     used: set[str] = field(default_factory=set)  # directions in which a Triton kernel ran
     raw_gradients: list[bool] = field(default_factory=list)  # pending, of each layer whose convolutions can read that
+    asked_for: set[tuple[str, str | None]] = field(default_factory=set)  # direction, backend
 
     def convolution(self, geometry, weight, shape, dtype, direction, backend=None) -> TritonConvolution | None:
+        self.asked_for.add((direction, backend))
         native = convolution.native_convolution(geometry, weight, shape, dtype)
         if native is None:
             return None
@@ -74,6 +76,7 @@ def kernels(monkeypatch) -> SimpleNamespace:
     kernels = SimpleNamespace(**{name: getattr(cpu, name) for name in cpu.__all__})
     kernels.chosen_convolution, kernels.stays_pending = convolution.chosen_convolution, raw_gradient.stays_pending
     kernels.pending_gradient = raw_gradient.pending_gradient
+    kernels.batch_normalised = lambda *arguments: (cpu.batch_normalised(*arguments)[0], None)
     for module in (chain, chain_passes):
         monkeypatch.setattr(module, "kernels_of", lambda tensor: kernels)
     monkeypatch.setattr(convolution, "finish_statistics", finish_statistics)
@@ -98,6 +101,7 @@ CHAINS = {
     "upsampled, pooled": lambda: [layer(5, 8, "upsampled", max_pool=True), layer(8, 6, "5x5", max_pool=True)],
     "fixed statistics": lambda: [layer(3, 8, norm=False), layer(8, 8, "stride 2", False, activation_first=True)],
     "torch's convolution between": lambda: [layer(5, 8), layer(8, 8, "grouped"), layer(8, 5, "dilated", bias=True)],
+    "torch's convolution pooled": lambda: [layer(5, 8), layer(8, 8, "grouped", max_pool=True), layer(8, 5)],
     "no norm": lambda: [layer(5, 8, norm=None, bias=True), layer(8, 5, norm=None, slope=0.0), layer(5, 6)],
 }
 
@@ -218,6 +222,22 @@ def test_measured_choices_are_as_accurate_and_remembered(kernels, accuracy, monk
         else:
             several = direction != "backward_input" and name != "conv1x1"
             assert (configuration == "on the written activation") is several
+
+
+def test_a_backend_that_is_asked_for_is_so_in_every_direction(choice):
+    step([layer(5, 8), replace(layer(8, 4), backend="triton")], ("input",))
+    directions = ("forward_with_statistics", "backward_input", "backward_weight")
+    assert choice.asked_for == {(direction, backend) for direction in directions for backend in (None, "triton")} - {
+        ("backward_weight", None)
+    }
+
+
+def test_a_residual_behind_torchs_convolution(choice, accuracy):
+    torch.manual_seed(4)
+    layers = (layer(6, 8), replace(layer(8, 8, "grouped"), negative_slope=0.2))
+    chain = Chain(torch.randn(4, 6, 4, 5), layers, 2)
+    shape = layers[1].output_shape(layers[0].output_shape(chain.input.shape))
+    compare_with_torch(accuracy, replace(chain, residual=torch.randn(shape)))
 
 
 def test_a_residual_block(choice, accuracy):

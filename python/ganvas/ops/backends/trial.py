@@ -68,8 +68,11 @@ class Trial:
 
     def _forward_with_statistics(self, activation: Tensor) -> tuple[Tensor, ...]:
         output = checks.channels_last(convolve(activation, self.weight, None, self.geometry))
-        _, mean, var = self.kernels.batch_norm_leaky_relu.train(output, None, None, _EPS, _SLOPE, False, 1)
-        return with_statistics(output, None, None, mean, var, _EPS, _SLOPE, False, True)[:3]  # type: ignore[return-value]
+        none = (None, None, None, None, None, 0.0)
+        pending, written = self.kernels.batch_normalised(output, *none, _EPS, _SLOPE, False, 1)
+        if written is None:
+            self.kernels.activate(pending)
+        return pending[:3]
 
     def _backward_input(self) -> tuple[Tensor, ...]:
         assert isinstance(self.raw, Tensor)

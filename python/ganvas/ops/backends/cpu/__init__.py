@@ -23,6 +23,7 @@ else:
         activate_add,
         activate_add_backward,
         activate_backward,
+        batch_normalised,
         settle,
         stays_pending,
     )
@@ -51,6 +52,7 @@ __all__ = [
     "activate_add_backward",
     "activate_backward",
     "batch_norm_leaky_relu",
+    "batch_normalised",
     "can_run",
     "chosen_convolution",
     "gan_loss",

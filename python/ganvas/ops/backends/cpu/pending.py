@@ -7,10 +7,9 @@ from torch import Tensor
 
 from ganvas import _native as native
 from ganvas.ops.backends.arguments import address
+from ganvas.ops.backends.cpu import batch_norm_leaky_relu as batch_norm
 from ganvas.ops.backends.cpu.arguments import dtype_of, empty
-from ganvas.ops.backends.cpu.batch_norm_leaky_relu import add_backward as batch_norm_add_backward
-from ganvas.ops.backends.cpu.batch_norm_leaky_relu import backward as batch_norm_backward
-from ganvas.ops.pending import Pending
+from ganvas.ops.pending import Pending, with_statistics
 
 
 def activate(pending: Pending) -> Tensor:
@@ -44,17 +43,47 @@ def activate_add(pending: Pending, residual: Tensor) -> Tensor:
     return output
 
 
+def batch_normalised(
+    output: Tensor,  # (N, C, H, W), channels_last
+    residual: Tensor | None,  # like output
+    bn_weight: Tensor | None,  # (C,)
+    bn_bias: Tensor | None,  # (C,)
+    running_mean: Tensor | None,  # (C,) float32, updated in place
+    running_var: Tensor | None,  # (C,) float32, updated in place
+    momentum: float,
+    eps: float,
+    negative_slope: float,
+    activation_first: bool,
+    groups: int,
+) -> tuple[Pending, Tensor]:
+    """A convolution's raw ``output`` with batch statistics, pending, and its activation, with the residual if any.
+
+    The activation is written on the way: the values are in the cache.
+    """
+    running = (running_mean, running_var, momentum)
+    if residual is None:
+        written, mean, var = batch_norm.train(
+            output, bn_weight, bn_bias, eps, negative_slope, activation_first, groups, *running
+        )
+    else:
+        written, mean, var = batch_norm.add_train(
+            output, bn_weight, bn_bias, residual, eps, negative_slope, groups, *running
+        )
+    options = (eps, negative_slope, activation_first, True)
+    return with_statistics(output, bn_weight, bn_bias, mean, var, *options), written
+
+
 def activate_add_backward(
     grad: Tensor, output: Tensor | None, pending: Pending
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """From the result's gradient: those of ``stored``, γ, β and the residual. A slope of 1 needs no ``output``."""
     side = grad if output is None else output
-    return batch_norm_add_backward(grad, side, *pending.norm, pending.negative_slope, pending.groups)
+    return batch_norm.add_backward(grad, side, *pending.norm, pending.negative_slope, pending.groups)
 
 
 def activate_backward(grad: Tensor, pending: Pending) -> tuple[Tensor, Tensor, Tensor]:
     """From the activation's gradient: those of ``stored``, γ and β."""
-    return batch_norm_backward(grad, *pending.norm, pending.negative_slope, pending.activation_first, pending.groups)
+    return batch_norm.backward(grad, *pending.norm, pending.negative_slope, pending.activation_first, pending.groups)
 
 
 def settle(grad: Tensor, sums: Tensor, pending: Pending) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,8 +10,9 @@ from ganvas.ops.backends.cuda.arguments import dtype_of, empty, enqueue, workspa
 from ganvas.ops.pending import Pending
 
 
-def batch_statistics(
+def batch_normalised(
     output: Tensor,  # (N, C, H, W), channels_last
+    residual: Tensor | None,  # added where the activation is written
     bn_weight: Tensor | None,  # (C,)
     bn_bias: Tensor | None,  # (C,)
     running_mean: Tensor | None,  # (C,) float32, updated in place
@@ -21,10 +22,11 @@ def batch_statistics(
     negative_slope: float,
     activation_first: bool,
     groups: int,
-) -> Pending:
-    """A convolution's raw ``output`` as a pending activation: it is read once, in two launches.
+) -> tuple[Pending, None]:
+    """A convolution's raw ``output`` with batch statistics, pending, and no activation: whoever reads one writes it.
 
-    The statistics are those of the stored values, or of their activation if that comes first.
+    The output is read once, in two launches. The statistics are those of the stored values, or of their activation if
+    that comes first.
     """
     channels = output.shape[1]
     weight, bias = float32(bn_weight), float32(bn_bias)
@@ -37,4 +39,5 @@ def batch_statistics(
         address(weight), address(bias), address(running_mean), address(running_var), momentum, mean.data_ptr(),
         var.data_ptr(), scale.data_ptr(), shift.data_ptr(), address(scratch), size,
     )  # fmt: skip
-    return Pending(output, scale, shift, mean, var, weight, bias, eps, negative_slope, activation_first, True)
+    pending = Pending(output, scale, shift, mean, var, weight, bias, eps, negative_slope, activation_first, True)
+    return pending, None

@@ -21,6 +21,7 @@ if not cuda.MISSING:
         activate_backward,
         settle,
     )
+    from ganvas.ops.backends.cuda.statistics import batch_normalised
     from ganvas.ops.backends.gpu.convolution import chosen_convolution, native_convolution
     from ganvas.ops.backends.gpu.raw_gradient import pending_gradient, stays_pending
 
@@ -31,6 +32,7 @@ __all__ = [
     "activate_add_backward",
     "activate_backward",
     "batch_norm_leaky_relu",
+    "batch_normalised",
     "chosen_convolution",
     "gan_loss",
     "max_pool",
