@@ -21,6 +21,9 @@ LAYERS = {  # geometry, weight, batch, side of the input
     "transposed": (STRIDE_2._replace(transposed=True), (128, 64, 4, 4), 128, 16),
     "to images": (STRIDE_2._replace(transposed=True), (64, 3, 4, 4), 128, 32),
     "from images": (STRIDE_2, (64, 3, 4, 4), 128, 64),
+    "multiples of 8": (Geometry(padding=(1, 1)), (40, 24, 3, 3), 128, 16),
+    "multiples of 4": (Geometry(padding=(1, 1)), (36, 100, 3, 3), 128, 16),
+    "multiples of 2": (Geometry(padding=(1, 1)), (130, 34, 3, 3), 128, 16),
     "odd channels": (Geometry(padding=(1, 1)), (100, 33, 3, 3), 128, 16),
 }
 # Bytes of a thread: the assembler gives up a few registers where more blocks find room for that, or before and after

@@ -139,6 +139,38 @@ def test_the_same_bits_each_time(device):
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
+@pytest.mark.parametrize("name", ["3x3", "4x4_stride2", "4x4_transposed", "3x3_upsampled"])
+def test_offsets_beyond_31_bits_find_the_same_pixels(device, monkeypatch, name):
+    case = Case(name, in_channels=3, groups=2, gradient_kind="kink_affine", size=(5, 3))
+    of = Arguments(case, device)
+
+    def everything() -> list[Tensor]:
+        forward = (case.geometry, of.input, of.weight, of.bias, False, 0.2, case.groups)
+        backward = (case.geometry, of.gradient, of.weight, of.input)
+        return [
+            *convolution.forward_with_statistics(*forward, configuration=SMALLER),
+            *convolution.backward_input(*backward, configuration=SMALLER),
+        ]
+
+    narrow = everything()
+    monkeypatch.setattr(gather_convolution, "LEAST_WIDE_SPAN", 0)
+    assert all(map(torch.equal, narrow, everything()))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(("read", "written", "least"), [(64, 3, 4), (100, 33, 4), (6, 5, 2), (3, 64, 1), (8, 12, 4)])
+def test_weights_are_read_as_many_at_a_time_as_pixels(read, written, least, channels_last):
+    weight = torch.randn(written, read, 3, 3)
+    if channels_last:
+        weight = weight.contiguous(memory_format=torch.channels_last)
+    packed = pack_weight(weight, forward_gather(*CONVOLUTIONS["3x3"]), False, torch.float32)
+    ordered = gather_convolution.in_vectors(packed)
+    assert torch.equal(ordered, packed)
+    tap, *rows = ordered.stride()[1:]
+    assert 1 in rows
+    assert tap % least == max(rows) % least == 0
+
+
 FENCED = [
     Case("3x3", torch.bfloat16, 5, 17, 1, 2, gradient_kind="kink_affine"),
     Case("3x3_padding2", torch.float32, 16, 16, input_kind="kink_affine", gradient_kind="affine_kink"),
@@ -179,8 +211,9 @@ def test_nothing_outside_the_arrays_is_touched(monkeypatch, case, at_end):
         output = fence(torch.full_like(like, float("nan")))
         configuration = SMALLER if case.in_channels == 16 else SMALL
         gather_convolution.gather_convolution(
-            gather, fence_all(pending), fence(packed), bias, output, case.groups, after, configuration
-        )
+            gather, fence_all(pending), fence(gather_convolution.in_vectors(packed)), bias, output, case.groups, after,
+            configuration,
+        )  # fmt: skip
         assert not output.isnan().any()
 
 

@@ -24,6 +24,9 @@ LAYERS = {  # geometry, weight
     "to images": (_STRIDE_2._replace(transposed=True), (64, 3, 4, 4)),
     "from images": (_STRIDE_2, (64, 3, 4, 4)),
     "to logits": (Geometry(), (1, 512, 4, 4)),
+    "multiples of 8": (Geometry(padding=(1, 1)), (40, 24, 3, 3)),
+    "multiples of 4": (Geometry(padding=(1, 1)), (36, 100, 3, 3)),
+    "multiples of 2": (Geometry(padding=(1, 1)), (130, 34, 3, 3)),
     "odd channels": (Geometry(padding=(1, 1)), (100, 33, 3, 3)),
 }
 OPERANDS = ("stored", "pending", "activation_first")

@@ -7,8 +7,13 @@ from dataclasses import dataclass, replace
 import torch
 import triton
 
+from ganvas.ops.backends.triton.operands import vector
+
 ENOUGH_PROGRAMS = 264
 """Two for each multiprocessor of an H100: with fewer, part of the GPU waits."""
+
+
+_LEAST_BYTES = 8  # at a time, below which addresses take more registers than what is there
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ _TF32_NARROW: _Sizes = (
     (64, 64, 32, 4, 3),
     (64, 32, 32, 4, 4),
 )
-_SCATTERED: _Sizes = (  # channels that are read one at a time, each by an address of its own
+_SCATTERED: _Sizes = (  # channels that are read or written one or two at a time, each by an address of its own
     (64, 64, 32, 8, 1),
     (64, 32, 32, 8, 1),
     (32, 32, 32, 4, 1),
@@ -83,7 +88,7 @@ def configurations(
     """
     if dtype is torch.float32 and not tf32:
         table = _IEEE
-    elif in_channels % 16:
+    elif _scattered(in_channels, dtype) or (out_channels > 16 and _scattered(out_channels, dtype)):
         table = _SCATTERED
     elif dtype is torch.float32:
         table = _TF32_WIDE if out_channels > 64 else _TF32_NARROW
@@ -94,6 +99,10 @@ def configurations(
     programs = [triton.cdiv(pixels, c.block_m) * triton.cdiv(out_channels, c.block_n) for c in found]
     first = next((i for i, count in enumerate(programs) if count >= ENOUGH_PROGRAMS), len(found) - 1)
     return [found[first], *found[:first], *found[first + 1 :]]
+
+
+def _scattered(channels: int, dtype: torch.dtype) -> bool:
+    return vector(dtype.itemsize, channels) * dtype.itemsize < _LEAST_BYTES
 
 
 def _fitted(configuration: Configuration, most_taps: int, in_channels: int, out_channels: int) -> Configuration:

@@ -22,6 +22,7 @@ from ganvas.ops.backends.triton.gather_convolution import (
     Partials,
     StatisticsOf,
     gather_convolution,
+    in_vectors,
 )
 from ganvas.ops.backends.triton.precision import uses_tf32
 from ganvas.ops.convolution import Geometry
@@ -218,11 +219,10 @@ def _configurations(gather: Gather, in_channels: int, output: torch.Size, dtype:
 
 
 def _packed(weight: Tensor, gather: Gather, geometry: Geometry, dtype: torch.dtype) -> Tensor:
-    """In one of whose last two directions values are neighbours, so that the kernel reads several at a time."""
     packed = pack_weight(weight.detach(), gather, geometry.transposed, dtype)
     if dtype is torch.float32 and uses_tf32():
         packed = tf32.rounded(packed)
-    return packed if 1 in packed.stride()[2:] else packed.contiguous()
+    return in_vectors(packed)
 
 
 def _empty(shape: torch.Size, like: Tensor) -> Tensor:

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+from math import gcd
+
 import triton
 import triton.language as tl
+
+_MOST_BYTES = 16  # that a thread reads or writes at a time
 
 
 def slope_kind(negative_slope: float) -> str:
     """Which LeakyReLU a kernel is compiled for: the fewer operations, the less there is known of the slope."""
     kinds = {0.0: "relu", 1.0: "identity"}
     return kinds.get(negative_slope, "leaky" if 0.0 < negative_slope < 1.0 else "any")
+
+
+def vector(itemsize: int, *strides: int) -> int:
+    """How many neighbouring values a kernel can read at a time where all rows begin at multiples of ``strides``.
+
+    A power of two, of up to 16 bytes. Kernels take numbers of such vectors and multiply them by it, from which the
+    compiler knows what divides an offset.
+    """
+    return gcd(_MOST_BYTES // itemsize, *strides)
 
 
 def divider(divisor: int) -> int:
@@ -36,6 +49,20 @@ def divided(value, divider):
     divider = divider.to(tl.int64)
     magic = (divider & 0xFFFFFFFF).to(tl.uint32)
     return ((tl.umulhi(value, magic) + value) >> (divider >> 32).to(tl.uint32)).to(tl.int32)
+
+
+@triton.jit
+def position(pixel, rows, columns, rows_divider, columns_divider):
+    """(n, y, x) of pixels of images of ``rows`` times ``columns``; dividers are those of the same."""
+    line = divided(pixel, columns_divider)
+    n = divided(line, rows_divider)
+    return n, line - n * rows, pixel - line * columns
+
+
+@triton.jit
+def is_within(value, end):
+    """0 <= value < end, as one comparison."""
+    return value.to(tl.uint32) < end.to(tl.uint32)
 
 
 @triton.jit

@@ -21,7 +21,17 @@ import triton.language as tl
 from torch import Tensor
 
 from ganvas.ops.backends.triton.gather import Axis, Gather, forward_gather, unpack_weight_gradient
-from ganvas.ops.backends.triton.operands import activation, divided, divider, packed, raw_gradient, slope_kind, unpacked
+from ganvas.ops.backends.triton.operands import (
+    activation,
+    divided,
+    divider,
+    packed,
+    position,
+    raw_gradient,
+    slope_kind,
+    unpacked,
+    vector,
+)
 from ganvas.ops.backends.triton.precision import uses_tf32
 from ganvas.ops.backends.triton.tf32 import rounded_to_tf32
 from ganvas.ops.convolution import Geometry
@@ -164,13 +174,15 @@ def _partial_sums(
     largest_image = max(height * width * in_channels, out_height * out_width * out_channels)
     spanned = (cut.part // max(rows * columns, 1) + 2) * largest_image  # at most, by a part
     grad_slope = pending.negative_slope if pending and pending.activation_first else 1.0
+    in_vector, out_vector = (vector(stored.itemsize, channels) for channels in (in_channels, out_channels))
     with torch.cuda.device_of(stored):
-        _kernel[(cut.tiles, groups * cut.parts, gather.phases)](
+        _kernel[(cut.tiles * groups * cut.parts, gather.phases)](
             stored, input.scale, input.shift, grad, *(pending[1:5] if pending else (None,) * 4), sums,
-            in_channels, out_channels, images, height, width, out_height, out_width, cut.part, cut.parts,
-            gather.most_taps, *_axis_arguments(gather.y, out_height), *_axis_arguments(gather.x, out_width),
+            in_channels // in_vector, out_channels // out_vector, images, height, width, out_height, out_width,
+            cut.tiles, cut.part, cut.parts, gather.most_taps,
+            *_axis_arguments(gather.y, out_height), *_axis_arguments(gather.x, out_width),
             float(input.negative_slope), float(grad_slope),
-            PENDING=input.scale is not None,
+            IN_VECTOR=in_vector, OUT_VECTOR=out_vector, PENDING=input.scale is not None,
             ACTIVATION_FIRST=input.scale is not None and input.activation_first,
             SLOPE="identity" if input.scale is None else slope_kind(input.negative_slope),
             PENDING_GRAD=pending is not None,
@@ -285,10 +297,11 @@ def _row(values, THREE_DIMENSIONS: tl.constexpr):
         return values[None, :]
 
 
-# Integers that differ from layer to layer do not compile anew; channels do where they tell of 16-byte accesses.
+# Integers that differ from layer to layer do not compile anew.
 @triton.jit(
     do_not_specialize=[
-        "images", "height", "width", "out_height", "out_width", "part", "parts", "most_taps",
+        "in_vectors", "out_vectors", "images", "height", "width", "out_height", "out_width", "tiles", "part", "parts",
+        "most_taps",
         "in_stride_y", "out_stride_y", "step_y", "offsets_y", "counts_y", "upper_rows_divider", "lower_rows_divider",
         "in_stride_x", "out_stride_x", "step_x", "offsets_x", "counts_x", "upper_columns_divider",
         "lower_columns_divider",
@@ -304,13 +317,14 @@ def _kernel(
     beta_ptr,  # (G, K)
     delta_ptr,  # (G, K)
     sums_ptr,  # (G * parts, phases, most_taps, C, K)
-    in_channels,  # C
-    out_channels,  # K
+    in_vectors,  # C / IN_VECTOR
+    out_vectors,  # K / OUT_VECTOR
     images,  # N / G
     height,  # H
     width,  # W
     out_height,  # P
     out_width,  # Q
+    tiles,  # of the weight of a phase
     part,  # pixels
     parts,  # of a phase and a group
     most_taps,
@@ -330,6 +344,8 @@ def _kernel(
     lower_columns_divider: tl.int64,
     negative_slope,
     grad_negative_slope,
+    IN_VECTOR: tl.constexpr,  # values of the input that are read at a time
+    OUT_VECTOR: tl.constexpr,
     PENDING: tl.constexpr,
     ACTIVATION_FIRST: tl.constexpr,
     SLOPE: tl.constexpr,
@@ -343,18 +359,24 @@ def _kernel(
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,  # a part spans 2^31 elements or more
 ):
+    in_channels = in_vectors * IN_VECTOR
+    out_channels = out_vectors * OUT_VECTOR
+
     # Which part of the weight. Programs that follow each other read the same pixels.
+    tile = tl.program_id(0) % tiles
+    part_of_all = tl.program_id(0) // tiles
     out_blocks = tl.cdiv(out_channels, BLOCK_OUT)
     in_blocks = tl.cdiv(in_channels, BLOCK_IN)
-    out_channel = tl.program_id(0) % out_blocks * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    in_channel = tl.program_id(0) // out_blocks % in_blocks * BLOCK_IN + tl.arange(0, BLOCK_IN)
-    first_tap = tl.program_id(0) // (out_blocks * in_blocks) * BLOCK_TAPS
+    first_in = tile // out_blocks % in_blocks * BLOCK_IN
+    out_channel = tile % out_blocks * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    in_channel = first_in + tl.arange(0, BLOCK_IN)
+    first_tap = tile // (out_blocks * in_blocks) * BLOCK_TAPS
     is_out = out_channel < out_channels
     is_in = in_channel < in_channels
 
     # Where its taps read.
-    phase_y = tl.program_id(2) // out_stride_x
-    phase_x = tl.program_id(2) % out_stride_x
+    phase_y = tl.program_id(1) // out_stride_x
+    phase_x = tl.program_id(1) % out_stride_x
     taps_x = unpacked(counts_x, phase_x)
     taps = unpacked(counts_y, phase_y) * taps_x
     tap = first_tap + tl.arange(0, BLOCK_TAPS)
@@ -369,12 +391,12 @@ def _kernel(
     columns_divider = tl.where(
         columns == tl.cdiv(out_width, out_stride_x), upper_columns_divider, lower_columns_divider
     )
-    group = tl.program_id(1) // parts
+    group = part_of_all // parts
     if WIDE:
-        begin = (tl.program_id(1) % parts).to(tl.int64) * part
+        begin = (part_of_all % parts).to(tl.int64) * part
         first = begin // max(rows.to(tl.int64) * columns, 1)
     else:
-        begin = tl.program_id(1) % parts * part
+        begin = part_of_all % parts * part
         first = divided(divided(begin, columns_divider), rows_divider)
     pixels = rows.to(tl.int64) * columns * images
     count = tl.maximum(tl.minimum(pixels - begin, part), 0).to(tl.int32)
@@ -399,10 +421,7 @@ def _kernel(
         pixel = step + tl.arange(0, BLOCK_PIXELS)
         is_pixel = (pixel < count)[:, None]
         pixel += begin
-        line = divided(pixel, columns_divider)
-        n = divided(line, rows_divider)
-        x = pixel - line * columns
-        y = line - n * rows
+        n, y, x = position(pixel, rows, columns, rows_divider, columns_divider)
         if WIDE:
             n = n.to(tl.int64)
 
@@ -444,8 +463,8 @@ def _kernel(
 
     row = tl.arange(0, BLOCK_TAPS * BLOCK_IN)
     tap = first_tap + row // BLOCK_IN
-    in_channel = tl.program_id(0) // out_blocks % in_blocks * BLOCK_IN + row % BLOCK_IN
-    sum = tl.program_id(1).to(tl.int64) * tl.num_programs(2) + tl.program_id(2)
+    in_channel = first_in + row % BLOCK_IN
+    sum = part_of_all.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     sums_ptr += sum * most_taps * in_channels * out_channels
     offsets = (tap * in_channels + in_channel)[:, None] * out_channels + out_channel[None, :]
     tl.store(sums_ptr + offsets, total, ((tap < taps) & (in_channel < in_channels))[:, None] & is_out[None, :])
