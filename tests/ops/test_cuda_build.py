@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 native = pytest.importorskip("ganvas._native")
 
@@ -105,6 +106,12 @@ BATCH_NORM_BACKWARD = {
     "mean": 16, "var": 16, "grad_input": 16, "grad_weight": 16, "grad_bias": 16, "grad_residual": 16, "workspace": 0,
     "workspace_bytes": 0, "device": 0, "stream": 0,
 }  # fmt: skip
+STATISTICS = {
+    "dtype": native.Dtype.bfloat16, "rows": 60_000, "channels": 8, "groups": 1, "eps": 1e-5, "negative_slope": 0.2,
+    "activation_first": False, "input": 16, "weight": 0, "bias": 0, "running_mean": 0, "running_var": 0,
+    "momentum": 0.1, "mean": 16, "var": 16, "scale": 16, "shift": 16, "workspace": 0, "workspace_bytes": 0, "device": 0,
+    "stream": 0,
+}  # fmt: skip
 SETTLE = {
     "dtype": native.Dtype.float32, "rows": 60, "channels": 8, "groups": 2, "eps": 1e-5, "negative_slope": 0.2,
     "activation_first": False, "training": True, "grad": 16, "stored": 16, "weight": 0, "mean": 16, "var": 16,
@@ -135,6 +142,10 @@ MAX_POOL = {
             "batch_norm_leaky_relu_forward", BATCH_NORM_FORWARD, {"residual": 16, "activation_first": True},
             "a residual is added before the activation",
         ),
+        ("batch_statistics", STATISTICS, {"rows": 0}, "must be at least 1; got 0 and 8"),
+        ("batch_statistics", STATISTICS, {"input": 17}, "aligned to 2 bytes; got address 17"),
+        ("batch_statistics", STATISTICS, {"scale": 0}, "statistics must not be null"),
+        ("batch_statistics", STATISTICS, {"running_mean": 16}, "go together"),
         ("batch_norm_leaky_relu_backward", BATCH_NORM_BACKWARD, {"output": 0}, "output and grad_residual go together"),
         ("batch_norm_leaky_relu_backward", BATCH_NORM_BACKWARD, {"negative_slope": -0.5}, "leaves no trace"),
         ("batch_norm_leaky_relu_backward", BATCH_NORM_BACKWARD, {"grad_input": 0}, "must not be null"),
@@ -151,6 +162,17 @@ MAX_POOL = {
 def test_what_the_norms_kernels_are_handed_is_validated(function, arguments, changes, message):
     with pytest.raises(ValueError, match=message):
         getattr(native, f"{function}_cuda")(*{**arguments, **changes}.values())
+
+
+@pytest.mark.skipif(not native.build_info()["cuda"], reason="built without CUDA kernels")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a driver here")
+def test_without_a_driver_the_kernels_say_so_and_raise_nothing_else():
+    refusal = native.cuda_refusal(0)
+    assert re.search(r"^cudaError\w+, .*(driver|device)", refusal)
+    with pytest.raises(RuntimeError, match=r"^discriminator_loss: CUDA error cudaError\w+: .*(driver|device)"):
+        native.discriminator_loss_cuda(
+            native.Dtype.float32, native.GanLoss.bce, 0.0, 16, 4, 16, 4, 16, 16, 16, 16, 16, 0, 0
+        )
 
 
 def test_cpu_kernels_refuse_float16():
