@@ -89,7 +89,7 @@ def decode_in_processes(
             started = iter(chunks)
             for chunk in chunks:
                 for ahead in itertools.islice(started, CHUNKS_AHEAD * cores - len(results)):
-                    files = [paths[index] for index in ahead]
+                    files = [os.fspath(paths[index]) for index in ahead]  # faster sent than Paths
                     results.append(pool.submit(decode_apart, files, size, channels, keep=images is not None))
                 failed, pixels = results.popleft().result()
                 failures |= {chunk[index]: text for index, text in failed.items()}
@@ -100,7 +100,7 @@ def decode_in_processes(
 
 
 def decode_apart(
-    paths: Sequence[Path], size: int, channels: int, *, keep: bool
+    paths: Sequence[str], size: int, channels: int, *, keep: bool
 ) -> tuple[dict[int, str], np.ndarray | None]:
     """What another process sends back: index -> reason of unreadable files, and (N, size, size, channels) pixels."""
     pixels = np.empty((len(paths), size, size, channels), dtype=np.uint8) if keep else None
@@ -109,7 +109,7 @@ def decode_apart(
 
 
 def decode_chunk(
-    chunk: range, paths: Sequence[Path], size: int, channels: int, images: np.ndarray | None
+    chunk: range, paths: Sequence[str | os.PathLike[str]], size: int, channels: int, images: np.ndarray | None
 ) -> dict[int, str]:
     """:func:`decode_files` for the files of the indices in ``chunk``."""
     failures: dict[int, str] = {}
