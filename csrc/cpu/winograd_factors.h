@@ -85,7 +85,7 @@ struct Left {
     }
 
     void take(TransformSegment transform, const Source& source, Pixel origin, const Segment& s, Index first) const {
-        transform(source, origin, s, integers ? segment : words, integers ? 0 : first);
+        transform(source, origin, s, integers ? segment : words, integers ? 0 : first, 0, source.channels);
         if (integers)
             for (Index t = 0; t < s.tiles; ++t)
                 for (Index f = 0; f < frequencies; f += lanes) round(t, f, first + t);

@@ -49,10 +49,61 @@ constexpr Index transformed_channels(Index channels) {
     return step == 1 ? channels : whole_vectors(channels) * step * step;
 }
 
-// V = Bᵀ a B of a segment's tiles, the first of which is number `first` of `to`. Tap i of the first output reads pixel
-// origin + i*step + phase.
+// How a tile of pixels becomes one of products: both transforms have a form along one axis.
+template <int taps>
+struct InputSide {
+    static constexpr int pixels = points_of<taps>, points = points_of<taps>;
+    static void transform(const Vector (&d)[pixels], Vector (&v)[points]) { transform_input(d, v); }
+};
+
+template <int taps>
+struct OutputSide {
+    static constexpr int pixels = tile, points = points_of<taps>;
+    static void transform(const Vector (&d)[pixels], Vector (&v)[points]) { transform_output_grad(d, v); }
+};
+
+// The first transform, along the columns of pixels: `count` of them, `column_stride` apart, whole vectors of channels
+// and all inside the image. Not inlined, as transform_rows: the addresses alone fill the registers.
+template <class T, class Side, Activation kind>
+[[gnu::noinline]] void transform_columns(const T* pixel, Index row_stride, Index column_stride, Index count,
+                                         Vector scale, Vector shift, Leaky leaky, Vector (*columns)[Side::points]) {
+    for (Index x = 0; x < count; ++x, pixel += column_stride) {
+        const T* halves[2] = {pixel, pixel + 3 * row_stride};
+        Vector d[Side::pixels];
+#pragma GCC unroll 6
+        for (int y = 0; y < Side::pixels; ++y) prefetch(halves[y / 3] + y % 3 * row_stride + lanes);
+#pragma GCC unroll 6
+        for (int y = 0; y < Side::pixels; ++y)
+            d[y] = activate<kind>(load_vector(halves[y / 3] + y % 3 * row_stride), scale, shift, leaky);
+        Side::transform(d, columns[x]);
+    }
+}
+
+// The second transform, along the rows of a segment's tiles. The columns of a tile are `step` apart.
+template <class Side, int step>
+[[gnu::noinline]] void transform_rows(const Vector (*columns)[Side::points], Index tiles, float* destination,
+                                      Index tile_stride, Index frequency) {
+    constexpr int points = Side::points;
+    for (Index t = 0; t < tiles; ++t, columns += step * tile, destination += tile_stride) {
+        float* to = destination;
+#pragma GCC unroll 1
+        for (int y = 0; y < points; ++y, to += points * frequency) {
+            Vector d[Side::pixels], v[points];
+#pragma GCC unroll 6
+            for (int x = 0; x < Side::pixels; ++x) d[x] = columns[x * step][y];
+            Side::transform(d, v);
+            float* halves[2] = {to, to + 3 * frequency};
+#pragma GCC unroll 6
+            for (int x = 0; x < points; ++x) store_vector(halves[x / 3] + x % 3 * frequency, v[x]);
+        }
+    }
+}
+
+// V = Bᵀ a B of channels [begin, end) of a segment's tiles, the first of which is number `first` of `to`. Tap i of the
+// first output reads pixel origin + i*step + phase. `begin` is a multiple of `lanes`.
 template <class T, int taps, int step, Activation kind>
-void transform_segment(const Source& source, Pixel origin, const Segment& segment, const Transformed& to, Index first) {
+void transform_segment(const Source& source, Pixel origin, const Segment& segment, const Transformed& to, Index first,
+                       Index begin, Index end) {
     constexpr int points = points_of<taps>;
     Vector columns[step * (segment_limit * tile + taps - 1)][points];
     const T* image = source.image<T>(segment.image);
@@ -62,12 +113,12 @@ void transform_segment(const Source& source, Pixel origin, const Segment& segmen
     const Index top = step * segment.row * tile + origin.row, left = step * segment.column * tile + origin.column;
     const Index width = step * (segment.tiles * tile + taps - 1);
     const Index row_stride = source.width * source.channels;
-    const Index begin = clamped(-left, 0, width), end = clamped(source.width - left, begin, width);
+    const Index left_end = clamped(-left, 0, width), right_end = clamped(source.width - left, left_end, width);
     for (Index x = 0; x < width; ++x)
-        if (x < begin || x >= end)
+        if (x < left_end || x >= right_end)
             for (Vector& v : columns[x]) v = Vector{};
 
-    for (Index c = 0; c < source.channels; c += lanes) {
+    for (Index c = begin; c < end; c += lanes) {
         const Index count = source.channels - c;
         Vector scale{}, shift{};
         if (kind != Activation::identity) scale = load_lanes(scales + c, count), shift = load_lanes(shifts + c, count);
@@ -75,39 +126,34 @@ void transform_segment(const Source& source, Pixel origin, const Segment& segmen
             const Index start = top + row_phase;
             const Index from = ceiling(larger(0, -start), step);  // points inside the image
             const Index until = smaller(points, ceiling(larger(0, source.height - start), step));
-            for (Index x = begin; x < end; ++x) {
-                const T* pixel = image + start * row_stride + (left + x) * source.channels + c;
-                Vector d[points];
-                if (from == 0 && until == points && count >= lanes) {
-                    for (int y = 0; y < points; ++y) prefetch(pixel + y * step * row_stride + lanes);
-                    for (int y = 0; y < points; ++y)
-                        d[y] = activate<kind>(load_vector(pixel + y * step * row_stride), scale, shift, leaky);
-                } else {
+            const T* pixel = image + start * row_stride + (left + left_end) * source.channels + c;
+            if (from == 0 && until == points && count >= lanes) {
+                transform_columns<T, InputSide<taps>, kind>(pixel, step * row_stride, source.channels,
+                                                            right_end - left_end, scale, shift, leaky,
+                                                            columns + left_end);
+            } else {
+                for (Index x = left_end; x < right_end; ++x, pixel += source.channels) {
+                    Vector d[points];
                     for (int y = 0; y < points; ++y)
                         d[y] = y < from || y >= until ? Vector{}
                                                       : activate<kind>(load_lanes(pixel + y * step * row_stride, count),
                                                                        scale, shift, leaky);
+                    transform_input(d, columns[x]);
                 }
-                transform_input(d, columns[x]);
             }
-            for (Index t = 0; t < segment.tiles; ++t)
-                for (int column_phase = 0; column_phase < step; ++column_phase) {
-                    float* destination = to.at(first + t, c * step * step + (row_phase * step + column_phase) * lanes);
-                    for (int y = 0; y < points; ++y) {
-                        Vector d[points], v[points];
-                        for (int x = 0; x < points; ++x) d[x] = columns[(t * tile + x) * step + column_phase][y];
-                        transform_input(d, v);
-                        for (int x = 0; x < points; ++x)
-                            store_vector(destination + (y * points + x) * to.frequency, v[x]);
-                    }
-                }
+            for (int column_phase = 0; column_phase < step; ++column_phase)
+                transform_rows<InputSide<taps>, step>(
+                    columns + column_phase, segment.tiles,
+                    to.at(first, (c - begin) * step * step + (row_phase * step + column_phase) * lanes), to.width,
+                    to.frequency);
         }
     }
 }
 
-// D = A a Aᵀ of a segment's tiles: the output's side of the weight's gradient.
+// D = A a Aᵀ of channels [begin, end) of a segment's tiles: the output's side of the weight's gradient.
 template <class T, int taps, Activation kind>
-void transform_output_segment(const Source& source, const Segment& segment, const Transformed& to, Index first) {
+void transform_output_segment(const Source& source, const Segment& segment, const Transformed& to, Index first,
+                              Index begin, Index end) {
     constexpr int points = points_of<taps>;
     Vector columns[segment_limit * tile][points];
     const T* image = source.image<T>(segment.image);
@@ -116,34 +162,34 @@ void transform_output_segment(const Source& source, const Segment& segment, cons
     const Leaky leaky(source.pixels.negative_slope);
     const Index top = segment.row * tile, left = segment.column * tile, width = segment.tiles * tile;
     const Index row_stride = source.width * source.channels;
-    for (Index c = 0; c < source.channels; c += lanes) {
+    const Index inside_columns = clamped(source.width - left, 0, width), rows = clamped(source.height - top, 0, tile);
+    for (Index x = inside_columns; x < width; ++x)
+        for (Vector& v : columns[x]) v = Vector{};
+    for (Index c = begin; c < end; c += lanes) {
         const Index count = source.channels - c;
         Vector scale{}, shift{};
         if (kind != Activation::identity) scale = load_lanes(scales + c, count), shift = load_lanes(shifts + c, count);
-        for (Index x = 0; x < width; ++x) {
-            const T* pixel = image + top * row_stride + (left + x) * source.channels + c;
-            Vector d[tile];
-            for (int y = 0; y < tile; ++y) prefetch(pixel + y * row_stride + lanes);
-            for (int y = 0; y < tile; ++y)
-                d[y] = left + x < source.width && top + y < source.height
-                           ? activate<kind>(load_lanes(pixel + y * row_stride, count), scale, shift, leaky)
-                           : Vector{};
-            transform_output_grad(d, columns[x]);
-        }
-        for (Index t = 0; t < segment.tiles; ++t) {
-            float* destination = to.at(first + t, c);
-            for (int y = 0; y < points; ++y) {
-                Vector d[tile], v[points];
-                for (int x = 0; x < tile; ++x) d[x] = columns[t * tile + x][y];
-                transform_output_grad(d, v);
-                for (int x = 0; x < points; ++x) store_vector(destination + (y * points + x) * to.frequency, v[x]);
+        const T* pixel = image + top * row_stride + left * source.channels + c;
+        if (rows == tile && count >= lanes) {
+            transform_columns<T, OutputSide<taps>, kind>(pixel, row_stride, source.channels, inside_columns, scale,
+                                                         shift, leaky, columns);
+        } else {
+            for (Index x = 0; x < inside_columns; ++x, pixel += source.channels) {
+                Vector d[tile];
+                for (int y = 0; y < tile; ++y)
+                    d[y] = y < rows ? activate<kind>(load_lanes(pixel + y * row_stride, count), scale, shift, leaky)
+                                    : Vector{};
+                transform_output_grad(d, columns[x]);
             }
         }
+        transform_rows<OutputSide<taps>, 1>(columns, segment.tiles, to.at(first, c - begin), to.width, to.frequency);
     }
 }
 
-using TransformSegment = void (*)(const Source&, Pixel origin, const Segment&, const Transformed&, Index first);
-using TransformOutputSegment = void (*)(const Source&, const Segment&, const Transformed&, Index first);
+using TransformSegment = void (*)(const Source&, Pixel origin, const Segment&, const Transformed&, Index first,
+                                  Index begin, Index end);
+using TransformOutputSegment = void (*)(const Source&, const Segment&, const Transformed&, Index first, Index begin,
+                                        Index end);
 
 template <class T, int taps, int step>
 TransformSegment transform_of(Activation kind) {

@@ -8,14 +8,14 @@
 
 #include <omp.h>
 
-#include "winograd_weight.h"
-#include "workspace.h"
+#include "winograd_factors.h"
 
 namespace ganvas::cpu::GANVAS_ISA {
 
 constexpr Index tile_slice = 64;       // terms of a sum that are added up in one chain
 constexpr Index wave_bytes = 6 << 20;  // of both transformed factors
 constexpr Index wave_tiles_least = 256;
+constexpr Index run_tiles = 2 * integer_slice;  // whose integers have a scale in common
 
 struct WeightGradient {
     Source source;       // that the kernel reads
@@ -26,26 +26,83 @@ struct WeightGradient {
     Dtype dtype;
 };
 
-template <int taps, int step>
+// Makes integers of `width` numbers of `count` tiles, in words of tiles t and t + 1; after the last of an odd number of
+// tiles comes a zero. A number's largest magnitude among the tiles becomes `most`; scales[f*stride + number] is what
+// one stands for.
+inline void round_tiles(const Transformed& from, Index frequencies, Index count, Index width, float most,
+                        const Transformed& to, Index row, Index number, float* scales, Index stride) {
+    for (Index f = 0; f < frequencies; ++f)
+        for (Index i = 0; i < width; i += lanes) {
+            const float* values = from.at(0, i) + f * from.frequency;
+            VectorBits largest{};
+            for (Index t = 0; t < count; ++t)
+                largest = larger_lanes(largest, magnitude(load_vector(values + t * from.width)));
+            const Vector scale = scale_of(largest, most), factor = 1.0f / scale;
+            store_vector(scales + f * stride + i, scale);
+            float* words = to.at(row, number + i) + f * to.frequency;
+            for (Index t = 0; t < count; t += 2, words += to.width) {
+                VectorBits word = nearest(load_vector(values + t * from.width) * factor) & 0xFFFFu;
+                if (t + 1 < count) word |= nearest(load_vector(values + (t + 1) * from.width) * factor) << 16;
+                std::memcpy(words, &word, sizeof word);
+            }
+        }
+}
+
+// One factor of the products in a wave: floats, a row for each tile; or integers, a row for two tiles of a run.
+template <bool integers>
+struct Factor {
+    static constexpr Index part_width = 64;  // numbers that are rounded together
+    Index frequencies, depth;
+    Index run_rows;
+    float limit;
+    Transformed words;
+    Transformed part;         // of integers: some channels of a run, before they are rounded
+    float* scales = nullptr;  // of integers: what one stands for, [run][f][number]
+    std::size_t scale_count;
+
+    Factor(Index frequencies, Index runs, Index room, Index depth, float limit)
+        : frequencies(frequencies),
+          depth(depth),
+          run_rows(integers ? ceiling(room, 2) : room),
+          limit(limit),
+          words(frequencies, runs * run_rows, depth),
+          part(frequencies, room, part_width),
+          scale_count(static_cast<std::size_t>(integers ? runs * frequencies * whole_vectors(depth) : 0)) {}
+
+    std::size_t bytes() const {
+        return Workspace::padded(words.bytes()) + Workspace::padded(scale_count * sizeof(float));
+    }
+    void place(char* at) {
+        words.values = reinterpret_cast<float*>(at);
+        scales = reinterpret_cast<float*>(at + Workspace::padded(words.bytes()));
+    }
+    float* scales_of(Index run, Index f) const { return scales + (run * frequencies + f) * whole_vectors(depth); }
+};
+
+template <int taps, int step, bool integers>
 void weight_gradient(const WeightGradient& args, Index images, int threads) {
     constexpr Index frequencies = points_of<taps> * points_of<taps>;
     const Tiles tiles(images, args.destination.height, args.destination.width);
     const Index depth = depth_of<step>(args.taps), columns = whole_vectors(args.taps.columns);
     const Index all = tiles.before(tiles.segments);
-    const Index target = larger(wave_tiles_least, wave_bytes / (frequencies * 4 * (depth + columns)));
-    // Waves of about the same length: segments of one.
-    const Index waves = ceiling(all, target), wave = ceiling(tiles.segments, waves);
-    Transformed v(frequencies, wave * tiles.segment_tiles, depth), d(frequencies, wave * tiles.segment_tiles, columns);
+    const Blocks runs(tiles, 1, integers ? smaller(run_tiles, ceiling(all, threads)) : 1);
+    const Index target = larger(wave_tiles_least, wave_bytes / (frequencies * (integers ? 2 : 4) * (depth + columns)));
+    // Waves of about the same length: runs of one.
+    const Index waves = ceiling(all, target), wave = ceiling(runs.count, waves);
+    const Index room = runs.room(tiles);
+    Factor<integers> v(frequencies, wave, room, depth, left_limit), d(frequencies, wave, room, columns, right_limit);
     // A piece of dU: channels of V's chunk by channels of D's, for every frequency. If there is but one wave and pieces
     // enough, a thread turns each into the weight's gradient as soon as it is made, and dU is never written.
-    const Index u_frequency = v.width * d.width + stagger, pieces = v.chunks * d.chunks;
+    const Index u_frequency = v.words.width * d.words.width + stagger, pieces = v.words.chunks * d.words.chunks;
     const bool at_once = waves == 1 && pieces >= threads;
     const std::size_t u_bytes = static_cast<std::size_t>(frequencies * u_frequency) * sizeof(float);
     const std::size_t u_room = Workspace::padded(u_bytes) * static_cast<std::size_t>(at_once ? threads : pieces);
-    Workspace workspace(Workspace::padded(v.bytes()) + Workspace::padded(d.bytes()) + u_room);
-    v.values = static_cast<float*>(workspace.take(v.bytes()));
-    d.values = static_cast<float*>(workspace.take(d.bytes()));
+    const std::size_t part_bytes = integers ? Workspace::padded(v.part.bytes()) : 0;
+    Workspace workspace(v.bytes() + d.bytes() + u_room + part_bytes * static_cast<std::size_t>(threads));
+    v.place(static_cast<char*>(workspace.take(v.bytes())));
+    d.place(static_cast<char*>(workspace.take(d.bytes())));
     char* const u = static_cast<char*>(workspace.take(u_room));
+    char* const parts = static_cast<char*>(workspace.take(part_bytes * static_cast<std::size_t>(threads)));
     const TransformSegment transform = transform_of<taps, step>(args.dtype, activation_of(args.source.pixels));
     const TransformOutputSegment transform_output =
         transform_output_of<taps>(args.dtype, activation_of(args.destination.pixels));
@@ -53,49 +110,106 @@ void weight_gradient(const WeightGradient& args, Index images, int threads) {
     const auto piece_of = [&](Index number) {
         return reinterpret_cast<float*>(u + Workspace::padded(u_bytes) * static_cast<std::size_t>(number));
     };
-    const auto multiply = [&](Index piece, Index f, Index count, bool accumulate, float* to) {
-        const Index k = piece / d.chunks * v.width, n = piece % d.chunks * d.width;
-        const Index rows = smaller(v.width, depth - k), width = smaller(d.width, columns - n);
-        const Product p{v.at(0, k) + f * v.frequency, 1,       v.width, d.at(0, n) + f * d.frequency, d.width,
-                        to + f * u_frequency,         d.width, count};
-        accumulate ? product<false, true>(p, rows, width, tile_slice)
-                   : product<false, false>(p, rows, width, tile_slice);
+    // Takes a run of the wave that begins with run `first` through transform_run(segment, to, tile, begin, end).
+    const auto take = [&](const Factor<integers>& factor, Index first, Index run, Index channels, Index phases,
+                          auto transform_run) {
+        const Index from = runs.first(run), until = runs.last(run), origin = tiles.before(from);
+        if constexpr (integers) {
+            Transformed part = factor.part;
+            part.values = reinterpret_cast<float*>(parts + part_bytes * static_cast<std::size_t>(omp_get_thread_num()));
+            const Index stretch = factor.part_width / phases;
+            for (Index c = 0; c < channels; c += stretch) {
+                const Index end = smaller(channels, c + stretch);
+                for (Index s = from; s < until; ++s)
+                    transform_run(tiles.segment(s), part, tiles.before(s) - origin, c, end);
+                round_tiles(part, frequencies, tiles.before(until) - origin, whole_vectors(end - c) * phases,
+                            factor.limit, factor.words, (run - first) * factor.run_rows, c * phases,
+                            factor.scales_of(run - first, 0) + c * phases, whole_vectors(factor.depth));
+            }
+        } else {
+            for (Index s = from; s < until; ++s)
+                transform_run(tiles.segment(s), factor.words, tiles.before(s) - tiles.before(runs.first(first)), 0,
+                              channels);
+        }
+    };
+    const auto multiply = [&](Index piece, Index f, Index first, Index last, float* to) {
+        const Index k = piece / d.words.chunks * v.words.width, n = piece % d.words.chunks * d.words.width;
+        const Index rows = smaller(v.words.width, depth - k), width = smaller(d.words.width, columns - n);
+        Product p{v.words.at(0, k) + f * v.words.frequency,
+                  1,
+                  v.words.width,
+                  d.words.at(0, n) + f * d.words.frequency,
+                  d.words.width,
+                  to + f * u_frequency,
+                  d.words.width,
+                  0};
+        if constexpr (integers) {
+            p.row_scale_stride = 1;
+            for (Index run = first; run < last; ++run) {
+                const Index count = tiles.before(runs.last(run)) - tiles.before(runs.first(run));
+                p.depth = ceiling(count, 2);
+                p.row_scale = v.scales_of(run - first, f) + k;
+                p.column_scale = d.scales_of(run - first, f) + n;
+                run > 0 ? product_slice<true, true>(p, rows, width) : product_slice<true, false>(p, rows, width);
+                p.a += v.run_rows * v.words.width;
+                p.b += d.run_rows * d.words.width;
+            }
+        } else {
+            p.depth = tiles.before(runs.last(last - 1)) - tiles.before(runs.first(first));
+            first > 0 ? product<false, true>(p, rows, width, tile_slice)
+                      : product<false, false>(p, rows, width, tile_slice);
+        }
     };
     const auto write = [&](Index piece, Index begin, Index end, const float* from) {
-        const Index k = piece / d.chunks * v.width, n = piece % d.chunks * d.width;
+        const Index k = piece / d.words.chunks * v.words.width, n = piece % d.words.chunks * d.words.width;
         write_weight_gradient<taps, step>(args.taps, args.values, k + begin, smaller(k + end, depth), n,
-                                          smaller(d.width, columns - n), from + begin * d.width, d.width, u_frequency);
+                                          smaller(d.words.width, columns - n), from + begin * d.words.width,
+                                          d.words.width, u_frequency);
     };
 
 #pragma omp parallel num_threads(threads)
     {
         const Index thread = omp_get_thread_num();
-        for (Index first = 0; first < tiles.segments; first += wave) {
-            const Index last = smaller(tiles.segments, first + wave), origin = tiles.before(first);
-            const Index count = tiles.before(last) - origin;
+        for (Index first = 0; first < runs.count; first += wave) {
+            const Index last = smaller(runs.count, first + wave);
 #pragma omp for schedule(static)
-            for (Index s = first; s < last; ++s) {
-                transform(args.source, args.origin, tiles.segment(s), v, tiles.before(s) - origin);
-                transform_output(args.destination, tiles.segment(s), d, tiles.before(s) - origin);
+            for (Index run = first; run < last; ++run) {
+                take(v, first, run, args.source.channels, step * step,
+                     [&](const Segment& s, const Transformed& to, Index tile, Index begin, Index end) {
+                         transform(args.source, args.origin, s, to, tile, begin, end);
+                     });
+                take(d, first, run, args.destination.channels, 1,
+                     [&](const Segment& s, const Transformed& to, Index tile, Index begin, Index end) {
+                         transform_output(args.destination, s, to, tile, begin, end);
+                     });
             }
             if (at_once) {
 #pragma omp for schedule(static)
                 for (Index piece = 0; piece < pieces; ++piece) {
-                    for (Index f = 0; f < frequencies; ++f) multiply(piece, f, count, false, piece_of(thread));
-                    write(piece, 0, v.width, piece_of(thread));
+                    for (Index f = 0; f < frequencies; ++f) multiply(piece, f, first, last, piece_of(thread));
+                    write(piece, 0, v.words.width, piece_of(thread));
                 }
             } else {
 #pragma omp for schedule(static)
                 for (Index item = 0; item < pieces * frequencies; ++item)
-                    multiply(item / frequencies, item % frequencies, count, first > 0, piece_of(item / frequencies));
+                    multiply(item / frequencies, item % frequencies, first, last, piece_of(item / frequencies));
             }
         }
         if (!at_once) {
 #pragma omp for schedule(static)
-            for (Index row = 0; row < pieces * v.width; row += lanes)
-                write(row / v.width, row % v.width, row % v.width + lanes, piece_of(row / v.width));
+            for (Index row = 0; row < pieces * v.words.width; row += lanes)
+                write(row / v.words.width, row % v.words.width, row % v.words.width + lanes,
+                      piece_of(row / v.words.width));
         }
     }
+}
+
+template <int taps, int step>
+void weight_gradient(const WeightGradient& args, Index images, int threads) {
+    if constexpr (lanes == 16)
+        if (args.dtype == Dtype::bfloat16 && has_int16_products())
+            return weight_gradient<taps, step, true>(args, images, threads);
+    weight_gradient<taps, step, false>(args, images, threads);
 }
 
 }  // namespace ganvas::cpu::GANVAS_ISA
