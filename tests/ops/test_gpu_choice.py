@@ -94,6 +94,21 @@ def test_what_is_wrong_or_fails_is_left_out_and_named(times, caplog, bad, messag
     assert message in caplog.text
 
 
+def test_what_no_way_has_memory_for_is_not_remembered_as_wrong(times, monkeypatch, tmp_path, caplog):
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        measure.fastest(CASE, {"bad": wrong, "large": out_of_memory}, right, CPU)
+    monkeypatch.setenv("GANVAS_AUTOTUNE", "1")
+    monkeypatch.setenv("GANVAS_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(tuning, "_remembered", {})
+    monkeypatch.setattr(convolution, "device_name", lambda index: "imagined")
+    monkeypatch.setattr(convolution, "trial", lambda *_: out_of_memory())
+    caplog.clear()
+    assert choice() is None
+    assert choice() is None
+    assert tuning.entries() == []
+    assert [record.message.split(" (")[0] for record in caplog.records] == ["there is no memory for measuring"]
+
+
 def test_every_result_has_to_be_finite(times):
     assert measure.fastest(CASE, {"bad": not_finite_in_the_second}, right_twice, CPU).native_ms is None
 

@@ -57,8 +57,10 @@ def decided(key: object, measure: Callable[[], _Choice], unmeasured: _Choice, ot
     try:
         return tuning.decided(key, measure())
     except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        return tuning.decided(key, otherwise)
+        pass
+    torch.cuda.empty_cache()  # not before: the exception held what had been allocated
+    _log.warning("there is no memory for measuring %s, which is chosen without it in this process", key)
+    return tuning.decided(key, otherwise)
 
 
 def fastest(case: tuning.Case, natives: Mapping[str, Way], torchs: Way, device: torch.device) -> tuning.Entry:
@@ -68,11 +70,21 @@ def fastest(case: tuning.Case, natives: Mapping[str, Way], torchs: Way, device: 
     device cannot hold, must not enter a network.
 
     Raises:
-        torch.OutOfMemoryError: torch's way does not fit.
+        torch.OutOfMemoryError: torch's way does not fit, or none of the right ones: no choice to be remembered, since
+            another time there may be more memory.
     """
+    right, lacking = {}, ""
     with torch.cuda.device(device):
         expected = torchs()
-        right = {name: way for name, way in natives.items() if _is_right(case, name, way, expected)}
+        for name, way in natives.items():
+            try:
+                if _is_right(case, name, way, expected):
+                    right[name] = way
+            except torch.OutOfMemoryError as error:
+                lacking = str(error)
+                _log.warning("%s of %s does not fit into memory and is left out", name, case)
+        if lacking and not right:
+            raise torch.OutOfMemoryError(lacking)
         times = _time_in_turns({**right, "": torchs})
     torch_ms = times.pop("")
     if not times:
@@ -87,9 +99,7 @@ def _is_right(case: tuning.Case, name: str, way: Way, expected: tuple[Tensor, ..
         distance = next(filter(math.isnan, distances), max(distances))  # max alone passes over a NaN
         bound = TOLERANCE[expected[0].dtype if expected[0].dtype in TOLERANCE else torch.float32]
     except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        _log.warning("%s of %s does not fit into memory and is left out", name, case)
-        return False
+        raise
     except Exception as error:  # whatever a compiler or a driver raises: torch's way remains
         _log.warning("%s of %s is left out: %s: %s", name, case, type(error).__name__, error)
         return False
