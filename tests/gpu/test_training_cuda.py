@@ -25,6 +25,7 @@ from ganvas.training.averages import Averages
 from ganvas.training.device_time import Moment
 from ganvas.training.gan_steps import AveragedGenerator
 from ganvas.training.optimizers import make_optimizer
+from ganvas.training.run import TrainingRun
 from ganvas.training.run_folder import RunFolder
 from ganvas.training.step_graph import WARM_UP_STEPS, CudaRecorder, StepGraph, cuda_recorder
 
@@ -191,6 +192,22 @@ def test_host_does_not_wait_within_a_step(job, cuda_graph, tmp_path, monkeypatch
     )
     assert len(steps) == 3 * EPOCHS
     assert not any("CUDA graph" in line for line in progress.lines)
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_host_does_not_wait_where_a_log_window_ends(job, tmp_path, monkeypatch):
+    """But for the window before, whose event says when its numbers are there."""
+    ends = []
+    close_window = TrainingRun._close_window
+
+    def watched(self):
+        ends.append(self.step)
+        with NoWaits():
+            close_window(self)
+
+    monkeypatch.setattr(TrainingRun, "_close_window", watched)
+    JOBS[job](tmp_path / "run", device="cuda", epochs=EPOCHS, log_every=1)
+    assert ends == list(range(1, 3 * EPOCHS + 1))
 
 
 def test_host_does_not_wait_for_batches():
