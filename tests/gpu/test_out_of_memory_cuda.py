@@ -30,6 +30,7 @@ def measuring(monkeypatch, tmp_path):
     monkeypatch.setenv("GANVAS_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(tuning, "_remembered", {})
     monkeypatch.setattr(tuning, "decisions", {})
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 def take_all(*_, **__) -> Tensor:
