@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "ops" / "triton_kernels"))  #
 from convolution_cases import LARGER, Arguments, Case, check_against_torch, covering
 from gathers import CONVOLUTIONS
 
-from ganvas.ops.backends.triton import convolution
+from ganvas.ops.backends.triton import convolution, gather_convolution
 from ganvas.ops.convolution import Geometry
 from ganvas.ops.pending import Pending
 
@@ -31,6 +31,11 @@ CASES = [
     replace(WHOLE_BLOCKS, dtype=torch.float32, in_channels=16, out_channels=48),
     replace(WHOLE_BLOCKS, in_channels=3, input_kind="stored", gradient_kind="stored", groups=1),
     replace(WHOLE_BLOCKS, channels_last_weight=True, size=(33, 31)),
+    *(
+        replace(WHOLE_BLOCKS, dtype=dtype, in_channels=n, out_channels=m, size=(15, 17))
+        for dtype in (torch.bfloat16, torch.float32)
+        for n, m in ((24, 40), (100, 36), (34, 130), (33, 64))
+    ),
 ]
 
 
@@ -57,6 +62,27 @@ def test_every_configuration_is_as_accurate_as_torch(accuracy, device, monkeypat
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", tf32)
     for configuration in dict.fromkeys(chain.from_iterable(case.configurations())):
         check_against_torch(accuracy, case, device, configuration)
+
+
+@pytest.mark.parametrize("channels", [24, 36, 34])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_slices_that_are_less_aligned_have_the_same_results(device, dtype, channels):
+    def sliced(values: torch.Tensor) -> torch.Tensor:
+        memory = values.new_empty(values.numel() + 1)
+        return memory[1:].as_strided(values.shape, values.stride(), 1).copy_(values)
+
+    of = Arguments(replace(WHOLE_BLOCKS, dtype=dtype, in_channels=channels, out_channels=48, size=(9, 8)), device)
+    names = ("stored", "weight", "scale", "shift", "grad", "grad_stored", "alpha", "beta", "delta")
+    others = of.changed(**{name: sliced(getattr(of, name)) for name in names})
+    assert all(torch.equal(a, b) for a, b in zip(everything(of), everything(others)))
+
+
+@pytest.mark.parametrize("images", [8, 512])
+def test_offsets_beyond_31_bits_find_the_same_pixels(device, monkeypatch, images):
+    of = Arguments(replace(WHOLE_BLOCKS, images=images, size=(5, 4)), device)
+    narrow = everything(of)
+    monkeypatch.setattr(gather_convolution, "LEAST_WIDE_SPAN", 0)
+    assert all(torch.equal(a, b) for a, b in zip(narrow, everything(of)))
 
 
 def everything(of: Arguments) -> list[torch.Tensor]:

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 CAPABILITIES = (80, 90, 100)
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes that a block can have
+_LOADS = re.compile(r"\bLDG(?:STS)?\b([.\w]*)")
 _TENSOR_CORES = re.compile(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b")
 
 
@@ -33,6 +34,7 @@ class Kernel(NamedTuple):
     registers: int  # of a thread
     spilled: int  # bytes of a thread, in local memory
     tensor_cores: bool
+    loads: list[int]  # bytes that a thread reads from global memory at a time, each number once
 
 
 def compiled(file: str, function: str, capability: int, *arguments: str) -> list[Kernel]:
@@ -78,9 +80,20 @@ class _Driver:
         )
         tensor_cores = _TENSOR_CORES.search(listing) is not None
         self.kernels.append(
-            Kernel(name, launch.num_warps, launch.num_stages, shared, registers, sum(memory), tensor_cores)
+            Kernel(
+                name, launch.num_warps, launch.num_stages, shared, registers, sum(memory), tensor_cores, _loads(listing)
+            )
         )
         return object(), 1, registers, 0, 1024
+
+
+def _loads(listing: str) -> list[int]:
+    sizes = {"8": 1, "16": 2, "64": 8, "128": 16}  # nothing is said of 32 bits
+
+    def size(suffixes: str) -> int:
+        return next((sizes[bits] for bits in re.findall(r"\.[US]?(8|16|64|128)\b", suffixes)), 4)
+
+    return sorted({size(suffixes) for suffixes in _LOADS.findall(listing)})
 
 
 def _listing(cubin: bytes) -> str:

@@ -11,8 +11,8 @@ from ganvas.ops.backends.triton.operands import vector
 
 ENOUGH_PROGRAMS = 264
 """Two for each multiprocessor of an H100: with fewer, part of the GPU waits."""
-
-
+ALL_REGISTERS = 255
+"""That a thread can have."""
 _LEAST_BYTES = 8  # at a time, below which addresses take more registers than what is there
 
 
@@ -25,30 +25,32 @@ class Configuration:
     block_k: int
     num_warps: int
     num_stages: int
+    most_registers: int | None = None
+    """Of a thread. None: the compiler decides, which for more blocks at a time saves a few, and spills them."""
     group_m: int = 8
     """Tiles of pixels whose programs follow each other, for all the channels written."""
 
 
-# From large tiles to small ones: block_m, block_n, block_k, num_warps, num_stages; wide where there are more than 64
-# channels to write, of 16 bits unless the name says otherwise. With one stage pixels are read
-# through the L1 cache, which holds what a tile reads again of a few channels; with more they are read ahead, past it.
-_Sizes = tuple[tuple[int, int, int, int, int], ...]
+# From large tiles to small ones: block_m, block_n, block_k, num_warps, num_stages, most_registers; wide where there are
+# more than 64 channels to write, of 16 bits unless the name says otherwise. With one stage pixels are read through the
+# L1 cache, which holds what a tile reads again of a few channels; with more they are read ahead, past it.
+_Sizes = tuple[tuple[int, ...], ...]
 _WIDE: _Sizes = (
     (128, 128, 64, 8, 3),
     (128, 128, 32, 8, 4),
     (64, 128, 64, 8, 3),
     (128, 64, 64, 8, 3),
-    (128, 64, 32, 4, 4),
-    (64, 64, 64, 4, 3),
+    (128, 64, 32, 4, 4, ALL_REGISTERS),
+    (64, 64, 64, 4, 3, ALL_REGISTERS),
     (64, 32, 64, 4, 4),
 )
 _NARROW: _Sizes = (
     (128, 64, 64, 8, 3),
-    (128, 64, 32, 4, 4),
+    (128, 64, 32, 4, 4, ALL_REGISTERS),
     (128, 64, 64, 8, 1),
     (256, 64, 32, 8, 3),
-    (64, 64, 64, 4, 3),
-    (64, 64, 32, 4, 4),
+    (64, 64, 64, 4, 3, ALL_REGISTERS),
+    (64, 64, 32, 4, 3),
     (64, 32, 64, 4, 4),
 )
 _TF32_WIDE: _Sizes = (
@@ -88,21 +90,26 @@ def configurations(
     """
     if dtype is torch.float32 and not tf32:
         table = _IEEE
-    elif _scattered(in_channels, dtype) or (out_channels > 16 and _scattered(out_channels, dtype)):
+    elif _bytes(in_channels, dtype) < _LEAST_BYTES or (
+        out_channels > 16 and _bytes(out_channels, dtype) < _LEAST_BYTES
+    ):
         table = _SCATTERED
     elif dtype is torch.float32:
         table = _TF32_WIDE if out_channels > 64 else _TF32_NARROW
     else:
         table = _WIDE if out_channels > 64 else _NARROW
     fitted = (_fitted(Configuration(*sizes), most_taps, in_channels, out_channels) for sizes in table)
+    if _bytes(in_channels, dtype) == _LEAST_BYTES:
+        fitted = (replace(configuration, most_registers=ALL_REGISTERS) for configuration in fitted)
     found = list(dict.fromkeys(fitted))
     programs = [triton.cdiv(pixels, c.block_m) * triton.cdiv(out_channels, c.block_n) for c in found]
     first = next((i for i, count in enumerate(programs) if count >= ENOUGH_PROGRAMS), len(found) - 1)
     return [found[first], *found[:first], *found[first + 1 :]]
 
 
-def _scattered(channels: int, dtype: torch.dtype) -> bool:
-    return vector(dtype.itemsize, channels) * dtype.itemsize < _LEAST_BYTES
+def _bytes(channels: int, dtype: torch.dtype) -> int:
+    """That can be read or written at a time."""
+    return vector(dtype.itemsize, channels) * dtype.itemsize
 
 
 def _fitted(configuration: Configuration, most_taps: int, in_channels: int, out_channels: int) -> Configuration:

@@ -100,6 +100,7 @@ def gather_convolution(
             BLOCK_M=configuration.block_m, BLOCK_N=configuration.block_n, BLOCK_K=configuration.block_k,
             WIDE=spanned * largest_image >= LEAST_WIDE_SPAN, GROUP_M=configuration.group_m,
             num_warps=configuration.num_warps, num_stages=configuration.num_stages,
+            maxnreg=configuration.most_registers,
         )  # fmt: skip
     return partials
 
