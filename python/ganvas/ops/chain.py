@@ -60,7 +60,7 @@ def can_chain(
         expected = ((weight, weight.shape), *((values, (convolved[1],)) for values in per_channel))
         if not all(holds(tensor, size, input.device) for tensor, size in expected):
             return False
-        shape = layer.output_shape(shape)
+        shape = layer.pooled_shape(convolved)
         if min(shape) < 1:
             return False
         # Not numel(), which makes a constant of a symbolic size.

@@ -50,10 +50,14 @@ class Layer:
         """Of an input's shape (N, Cin, H, W); sides below 1 where a kernel does not fit."""
         return self.geometry.output_shape(input, self.weight.shape)
 
+    def pooled_shape(self, convolved: torch.Size) -> torch.Size:
+        """Of the convolution's output, after pooling, if there is any."""
+        batch, channels, height, width = convolved
+        return torch.Size((batch, channels, height // 2, width // 2)) if self.max_pool else convolved
+
     def output_shape(self, input: torch.Size) -> torch.Size:
-        """The same, after pooling."""
-        shape = self.convolved_shape(input)
-        return torch.Size((*shape[:2], shape[2] // 2, shape[3] // 2)) if self.max_pool else shape
+        """Of an input's shape, after convolution and pooling."""
+        return self.pooled_shape(self.convolved_shape(input))
 
 
 def by_layer(tensors: Sequence[Tensor | None]) -> list[Tensors]:

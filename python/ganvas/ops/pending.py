@@ -70,9 +70,9 @@ class PendingGradient(NamedTuple):
         return self.alpha.shape[0]
 
 
-def statistics(groups: int, like: Tensor) -> Tensor:
+def statistics(groups: int, like: Tensor) -> tuple[Tensor, ...]:
     """Uninitialised (mean, var, scale, shift): four rows of (G, C) float32, one allocation; C is that of ``like``."""
-    return torch.empty((4, groups, like.shape[1]), dtype=torch.float32, device=like.device)
+    return torch.empty((4, groups, like.shape[1]), dtype=torch.float32, device=like.device).unbind()
 
 
 def fixed(
@@ -93,11 +93,16 @@ def fixed(
             stored, ones, zeros, zeros, ones, negative_slope=negative_slope, activation_first=activation_first,
             normalised=False,
         )  # fmt: skip
-    channels = stored.shape[1]
     return with_statistics(
-        stored, weight, bias, mean.float().expand(groups, channels).contiguous(),
-        var.float().expand(groups, channels).contiguous(), eps, negative_slope, activation_first, False,
+        stored, weight, bias, _of_groups(mean, groups), _of_groups(var, groups), eps, negative_slope, activation_first,
+        False,
     )  # fmt: skip
+
+
+def _of_groups(values: Tensor, groups: int) -> Tensor:
+    """(C,) as (G, C) float32."""
+    values = float32(values)
+    return values[None] if groups == 1 else values.expand(groups, -1).contiguous()
 
 
 def _constants(groups: int, channels: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -139,7 +144,7 @@ def _coefficients(
 ) -> tuple[Tensor, Tensor]:
     """Scale and shift, (G, C) float32."""
     if mean.is_cpu:
-        scale, shift = torch.empty((2, *mean.shape), dtype=torch.float32, device="cpu")
+        scale, shift = torch.empty((2, *mean.shape), dtype=torch.float32, device="cpu").unbind()
         native.batch_norm_coefficients(
             mean.shape[1], mean.shape[0], eps, address(weight), address(bias), mean.data_ptr(), var.data_ptr(),
             scale.data_ptr(), shift.data_ptr(),

@@ -23,6 +23,12 @@ def empty(*shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 
+def rows(tensor: Tensor) -> range:
+    """Where each ``tensor[i]`` begins."""
+    begin, step = tensor.data_ptr(), tensor.stride(0) * tensor.element_size()
+    return range(begin, begin + len(tensor) * step, step)
+
+
 def empty_pixels(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """The same for (N, C, H, W), channels_last."""
     return torch.empty(shape, dtype=dtype, device="cpu", memory_format=torch.channels_last)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ganvas.ops.backends.arguments import address, float32
-from ganvas.ops.backends.cpu.arguments import dtype_of, empty
+from ganvas.ops.backends.cpu.arguments import dtype_of, empty, rows
 from ganvas.ops.pending import Pending, statistics
 
 LEAST_CHANNELS = 16  # below, the transforms outweigh the products that they save
@@ -71,7 +71,7 @@ class Kernels(NamedTuple):
             dtype_of(stored), stored.shape, weight.shape[0], padding, groups, grad_output.data_ptr(),
             weight.data_ptr(), weight.stride(), stored.data_ptr(), address(input.scale), address(input.shift),
             input.negative_slope, input.activation_first, address(input.mean), grad_input.data_ptr(),
-            sums[0].data_ptr(), sums[1].data_ptr(), torch.get_num_threads(),
+            *rows(sums), torch.get_num_threads(),
         )  # fmt: skip
         return grad_input, sums
 

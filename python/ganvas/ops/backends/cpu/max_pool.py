@@ -28,7 +28,7 @@ def max_pool_backward(grad_output: Tensor, index: Tensor, input: Pending) -> tup
     """Gradients of the stored values, γ and β."""
     stored = input.stored
     grad_input = torch.empty_like(stored)
-    of_weight, of_bias = empty(2, stored.shape[1])
+    of_weight, of_bias = empty(2, stored.shape[1]).unbind()
     native.max_pool_backward(  # type: ignore[call-arg]
         *_input_arguments(input), grad_output.data_ptr(), index.data_ptr(), input.batch_statistics, input.eps,
         address(input.weight), address(input.mean), address(input.var), grad_input.data_ptr(), of_weight.data_ptr(),

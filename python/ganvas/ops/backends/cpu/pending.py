@@ -8,7 +8,7 @@ from torch import Tensor
 from ganvas import _native as native
 from ganvas.ops.backends.arguments import address
 from ganvas.ops.backends.cpu import batch_norm_leaky_relu as batch_norm
-from ganvas.ops.backends.cpu.arguments import dtype_of, empty
+from ganvas.ops.backends.cpu.arguments import dtype_of, empty, rows
 from ganvas.ops.pending import Pending, with_statistics
 
 
@@ -97,11 +97,12 @@ def settle(grad: Tensor, sums: Tensor, pending: Pending) -> tuple[Tensor, Tensor
     if not pending.normalised and not pending.activation_first:
         return grad, sums[1].sum(0), sums[0].sum(0)
     channels = stored.shape[1]
-    of_weight, of_bias = empty(2, channels)
+    of_weight, of_bias = empty(2, channels).unbind()
+    sum, sum_deviation = rows(sums)
     native.settle_pending_gradient(
         dtype_of(stored), stored.numel() // channels, channels, mean.shape[0], pending.eps, pending.negative_slope,
         pending.activation_first, pending.batch_statistics, grad.data_ptr(), stored.data_ptr(),
-        address(pending.weight), mean.data_ptr(), address(pending.var), sums[0].data_ptr(), sums[1].data_ptr(),
+        address(pending.weight), mean.data_ptr(), address(pending.var), sum, sum_deviation,
         of_weight.data_ptr(), of_bias.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return grad, of_weight, of_bias
