@@ -56,13 +56,13 @@ _NARROW: _Sizes = (
 _TF32_WIDE: _Sizes = (
     (128, 64, 32, 8, 3),
     (64, 128, 32, 8, 3),
-    (64, 64, 32, 4, 3),
+    (64, 64, 32, 4, 3, ALL_REGISTERS),
     (64, 32, 32, 4, 4),
 )
 _TF32_NARROW: _Sizes = (
     (128, 64, 32, 8, 3),
     (128, 64, 32, 8, 1),
-    (64, 64, 32, 4, 3),
+    (64, 64, 32, 4, 3, ALL_REGISTERS),
     (64, 32, 32, 4, 4),
 )
 _SCATTERED: _Sizes = (  # channels that are read or written one or two at a time, each by an address of its own
@@ -100,11 +100,16 @@ def configurations(
         table = _WIDE if out_channels > 64 else _NARROW
     fitted = (_fitted(Configuration(*sizes), most_taps, in_channels, out_channels) for sizes in table)
     if _bytes(in_channels, dtype) == _LEAST_BYTES:
-        fitted = (replace(configuration, most_registers=ALL_REGISTERS) for configuration in fitted)
+        fitted = (replace(c, most_registers=ALL_REGISTERS) for c in fitted if not _is_largest(c))
     found = list(dict.fromkeys(fitted))
     programs = [triton.cdiv(pixels, c.block_m) * triton.cdiv(out_channels, c.block_n) for c in found]
     first = next((i for i, count in enumerate(programs) if count >= ENOUGH_PROGRAMS), len(found) - 1)
     return [found[first], *found[:first], *found[first + 1 :]]
+
+
+def _is_largest(configuration: Configuration) -> bool:
+    """It leaves no room for the addresses of twice as many vectors."""
+    return (configuration.block_m, configuration.block_n, configuration.block_k) == (128, 128, 64)
 
 
 def _bytes(channels: int, dtype: torch.dtype) -> int:

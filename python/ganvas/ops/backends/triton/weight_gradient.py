@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ganvas.ops.backends.triton.configurations import ALL_REGISTERS
 from ganvas.ops.backends.triton.gather import Axis, Gather, forward_gather, unpack_weight_gradient
 from ganvas.ops.backends.triton.operands import (
     activation,
@@ -62,12 +63,14 @@ class Configuration:
     num_stages: int
     programs: int
     """That each multiprocessor is meant to run at a time, from which follows the number of parts."""
+    most_registers: int | None = None
+    """Of a thread. None: the compiler decides, which for more programs at a time saves a few, and spills them."""
 
 
 # rows, columns, pixels, num_warps, num_stages, programs
 _LARGE_TILES = (
     (128, 128, 32, 8, 3, 1),
-    (128, 128, 64, 8, 2, 1),
+    (128, 128, 32, 8, 4, 1),
     (128, 64, 32, 4, 3, 2),
     (64, 128, 32, 4, 3, 2),
     (64, 64, 64, 4, 3, 2),
@@ -119,7 +122,9 @@ def _fitted(
     block_out = max(min(triton.next_power_of_2(out_channels), columns), 16)
     if dtype is torch.float32:
         pixels //= 2
-    return Configuration(block_taps, block_in, block_out, pixels, num_warps, num_stages, programs)
+    whole_vectors = vector(dtype.itemsize, in_channels, out_channels) * dtype.itemsize == 16
+    most_registers = None if whole_vectors and programs * num_warps > 8 else ALL_REGISTERS
+    return Configuration(block_taps, block_in, block_out, pixels, num_warps, num_stages, programs, most_registers)
 
 
 def backward_weight(
@@ -192,6 +197,7 @@ def _partial_sums(
             PRECISION="tf32" if stored.dtype is torch.float32 and uses_tf32() else "ieee",
             WIDE=max(spanned, images * rows * columns + cut.part) >= LEAST_WIDE_SPAN,
             num_warps=configuration.num_warps, num_stages=configuration.num_stages,
+            maxnreg=configuration.most_registers,
         )  # fmt: skip
     return sums
 
