@@ -70,7 +70,7 @@ _SCATTERED: _Sizes = (  # channels that are read or written one or two at a time
     (64, 32, 32, 8, 1),
     (32, 32, 32, 4, 1),
 )
-_IEEE: _Sizes = ((64, 64, 16, 8, 2), (64, 32, 16, 4, 2), (32, 32, 16, 4, 2))
+_IEEE: _Sizes = ((64, 64, 16, 8, 2), (64, 32, 16, 4, 2, ALL_REGISTERS), (32, 32, 16, 4, 2, ALL_REGISTERS))
 
 
 def configurations(
