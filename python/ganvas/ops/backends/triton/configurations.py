@@ -71,6 +71,7 @@ _SCATTERED: _Sizes = (  # channels that are read or written one or two at a time
     (32, 32, 32, 4, 1),
 )
 _IEEE: _Sizes = ((64, 64, 16, 8, 2), (64, 32, 16, 4, 2, ALL_REGISTERS), (32, 32, 16, 4, 2, ALL_REGISTERS))
+_SCATTERED_IEEE: _Sizes = ((64, 32, 16, 8, 2, ALL_REGISTERS), (32, 32, 16, 4, 2, ALL_REGISTERS))
 
 
 def configurations(
@@ -88,11 +89,12 @@ def configurations(
         dtype: of both.
         tf32: float32 values may be multiplied in TF32.
     """
+    scattered = (
+        min(_bytes(in_channels, dtype), 16 if out_channels <= 16 else _bytes(out_channels, dtype)) < _LEAST_BYTES
+    )
     if dtype is torch.float32 and not tf32:
-        table = _IEEE
-    elif _bytes(in_channels, dtype) < _LEAST_BYTES or (
-        out_channels > 16 and _bytes(out_channels, dtype) < _LEAST_BYTES
-    ):
+        table = _SCATTERED_IEEE if scattered else _IEEE
+    elif scattered:
         table = _SCATTERED
     elif dtype is torch.float32:
         table = _TF32_WIDE if out_channels > 64 else _TF32_NARROW
