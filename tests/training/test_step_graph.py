@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 
 import pytest
@@ -19,7 +20,7 @@ from ganvas.training.faults import TrainingFault
 from ganvas.training.metrics_log import read_metrics
 from ganvas.training.optimizers import scale_learning_rates
 from ganvas.training.preparation import Job
-from ganvas.training.step_graph import WARM_UP_STEPS, StepGraph, cuda_recorder
+from ganvas.training.step_graph import MOST_LAYOUTS, WARM_UP_STEPS, StepGraph, cuda_recorder
 
 EPOCHS = 6
 """Of three steps each: as many replays as warm-up steps, and more, for each of the GAN's two kinds of step."""
@@ -42,6 +43,54 @@ def test_batch_of_another_size_runs_as_it_is():
     assert training.recorder.recordings == 1
     assert training.recorder.replays == 18 - WARM_UP_STEPS
     assert training.said == []
+
+
+def test_sizes_that_change_in_every_step_are_given_up_with_one_message():
+    training = assert_same_training(OperatorTape, [(4 + number, {}) for number in range(MOST_LAYOUTS + 12)])
+    assert (training.recorder.recordings, training.recorder.replays) == (0, 0)
+    assert training.said == [
+        "training steps run without a CUDA graph: 9 layouts of their inputs in 9 steps, in the latest of which input 0 "
+        "is torch.float32 of shape (12, 6) and strides (6, 1), before torch.float32 of shape (11, 6) and strides (6, 1)"
+    ]
+
+
+def test_sizes_that_change_later_leave_the_recording_in_use():
+    calls = [(4 if number % 2 or number < 10 else number, {}) for number in range(40)]
+    training = assert_same_training(OperatorTape, calls)
+    assert training.recorder.replays == 10 + 15 - WARM_UP_STEPS
+    (said,) = training.said
+    assert said.startswith("some training steps run without a CUDA graph: 9 layouts of their inputs in 25 steps, ")
+
+
+def test_as_many_sizes_as_are_allowed_are_nothing_to_speak_of():
+    sizes = [*range(4, 4 + MOST_LAYOUTS)]
+    training = assert_same_training(OperatorTape, [(size, {}) for size in (WARM_UP_STEPS + 2) * sizes])
+    assert (training.recorder.recordings, training.said) == (1, [])
+
+
+def test_sizes_of_each_combination_of_options_count_for_themselves():
+    calls = [(4 + number, {"noisy": noisy}) for number in range(MOST_LAYOUTS) for noisy in (False, True)]
+    assert assert_same_training(OperatorTape, calls).said == []
+
+
+@pytest.mark.parametrize("sizes", [range(1, 200), [4] * 5 + [*range(5, 200)]])
+def test_what_is_kept_of_steps_does_not_grow_with_their_sizes(sizes):
+    scale = StepGraph(lambda a: {"a": a * 2}, OperatorTape(), modules=(), say=lambda line: None)
+    lasting = torch.arange(3.0)
+    for size in sizes:
+        scale(lasting.expand(size, 3))
+    before = len(gc.get_objects())
+    for size in range(200, 400):
+        scale(lasting.expand(size, 3))
+    assert len(gc.get_objects()) < before + 50
+
+
+def test_an_input_that_is_now_and_then_missing_is_named():
+    said = []
+    add = StepGraph(lambda *given: {"sum": given[0].sum()}, OperatorTape(), modules=(), say=said.append)
+    for size in range(1, 2 + MOST_LAYOUTS):
+        add(torch.ones(2), None if size > MOST_LAYOUTS else torch.ones(size))
+    assert said[0].endswith("input 1 is missing, before torch.float32 of shape (8,) and strides (1,)")
 
 
 def test_inputs_in_another_memory_layout_are_not_taken_for_the_recorded_ones():

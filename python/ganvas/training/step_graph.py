@@ -7,7 +7,8 @@ values each combination has a recording of its own; a number that changes (a lea
 
 The life of a combination: ``WARM_UP_STEPS`` steps as they are, which are steps of the training like any other, and in
 which optimiser state comes to be and kernels are chosen by measurement; then a recording, during which nothing is
-executed; then replays. What the numbers are does not depend on whether a step was replayed.
+executed; then replays. What the numbers are does not depend on whether a step was replayed. A batch of another size, as
+the last one of an epoch may be, runs as it is; a step whose inputs come in ever new sizes is given up (MOST_LAYOUTS).
 
 See the section "CUDA Graphs" of torch's notes on CUDA semantics for what a graph can hold.
 """
@@ -17,7 +18,7 @@ from __future__ import annotations
 import gc
 import itertools
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import NamedTuple, Protocol
@@ -31,8 +32,12 @@ from ganvas.training.recordable import Recordable
 
 WARM_UP_STEPS = 3
 """As torch's documentation has it."""
+MOST_LAYOUTS = 8
+"""Shapes, strides and dtypes of the inputs in which steps of the same options may come before nothing more of them is
+recorded or remembered."""
 
 Inputs = tuple["Tensor | None", ...]
+Layout = tuple["tuple[torch.Size, tuple[int, ...], torch.dtype] | None", ...]
 Outputs = dict[str, Tensor]
 
 
@@ -82,7 +87,7 @@ class StepGraph:
         self._optimizers = optimizers
         self._averages = averages
         self._say = say
-        self._warm_ups: Counter[Hashable] = Counter()
+        self._steps: defaultdict[Hashable, Counter[Layout]] = defaultdict(Counter)  # by options; until it is refused
         self._recordings: dict[Hashable, _Recording] = {}
         self._latest: _Recording | None = None
         self._refused = False
@@ -103,21 +108,33 @@ class StepGraph:
     def forget(self) -> None:
         """Begin anew, with warm-up steps: tensors that the recordings work on have been replaced by others."""
         self._recordings.clear()
-        self._warm_ups.clear()
+        self._steps.clear()
         self._latest = None
 
     def _take(self, inputs: Inputs, options: Mapping[str, Hashable]) -> Outputs:
         if self._recorder is None:
             return self._call(inputs, options)
-        key = tuple(sorted(options.items()))
+        key, layout = tuple(sorted(options.items())), _layout(inputs)
+        self._count(key, layout)
         recording = self._recordings.get(key)
-        layout = _layout(inputs)
-        if recording is None and not self._refused and self._warm_ups[key, layout] >= WARM_UP_STEPS:
+        if recording is None and not self._refused and self._steps[key][layout] > WARM_UP_STEPS:
             recording = self._record(self._recorder, key, inputs, options)
         # A batch of another size, as the last of an epoch may be, is too rare for a recording of its own.
         if recording is None or layout != recording.layout:
             return self._run(key, inputs, options)
         return self._replay(recording, inputs)
+
+    def _count(self, key: Hashable, layout: Layout) -> None:
+        """Refuse to record steps whose inputs change too often."""
+        if self._refused:
+            return
+        steps = self._steps[key]
+        if layout not in steps and len(steps) == MOST_LAYOUTS:
+            *_, latest = steps
+            times = f"{MOST_LAYOUTS + 1} layouts of their inputs in {steps.total() + 1} steps"
+            self._refuse(f"{times}, {_change(latest, layout)}")
+        else:
+            steps[layout] += 1
 
     def _call(self, inputs: Inputs, options: Mapping[str, Hashable]) -> Outputs:
         outputs = {name: value.detach() for name, value in self._step(*inputs, **options).items()}
@@ -130,10 +147,8 @@ class StepGraph:
         if self._recorder is None:
             return self._call(inputs, options)
         outputs, obstacle = self._recorder.run(lambda: self._call(inputs, options))
-        case = key, _layout(inputs)
-        self._warm_ups[case] += 1
         # Sooner it may be what happens in a first step only.
-        if obstacle is not None and self._warm_ups[case] == WARM_UP_STEPS:
+        if obstacle is not None and not self._refused and self._steps[key][_layout(inputs)] == WARM_UP_STEPS:
             self._refuse(obstacle)
         return outputs
 
@@ -170,14 +185,16 @@ class StepGraph:
     def _refuse(self, reason: str) -> None:
         """Record no more. The recordings that there are stay in use."""
         if not self._refused:
-            self._say(f"training steps run without a CUDA graph: {reason}")
+            which = "some training steps" if self._recordings else "training steps"
+            self._say(f"{which} run without a CUDA graph: {reason}")
         self._refused = True
+        self._steps.clear()
         if not self._recordings:
             self._recorder = None
 
 
 class _Recording(NamedTuple):
-    layout: Hashable
+    layout: Layout
     inputs: Inputs
     outputs: Outputs
     replay: Callable[[], None]
@@ -229,8 +246,22 @@ class _State:
             generator.set_state(state)
 
 
-def _layout(inputs: Inputs) -> Hashable:
+def _layout(inputs: Inputs) -> Layout:
     return tuple(None if given is None else (given.shape, given.stride(), given.dtype) for given in inputs)
+
+
+def _change(before: Layout, after: Layout) -> str:
+    """The first input that is another one, in words."""
+
+    def described(of_input: tuple[torch.Size, tuple[int, ...], torch.dtype] | None) -> str:
+        if of_input is None:
+            return "missing"
+        shape, strides, dtype = of_input
+        return f"{dtype} of shape {tuple(shape)} and strides {strides}"
+
+    changes = enumerate(itertools.zip_longest(before, after))
+    index, (old, new) = next((index, pair) for index, pair in changes if pair[0] != pair[1])
+    return f"in the latest of which input {index} is {described(new)}, before {described(old)}"
 
 
 def cuda_recorder(device: torch.device, *generators: torch.Generator) -> CudaRecorder | None:
