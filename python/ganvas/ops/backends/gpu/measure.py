@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ganvas.ops import tuning
+from ganvas.ops.backends.gpu.compilation import compile_ahead
 from ganvas.ops.backends.trial import Way
 
 _log = logging.getLogger("ganvas")
@@ -76,6 +77,8 @@ def fastest(case: tuning.Case, natives: Mapping[str, Way], torchs: Way, device: 
     right, lacking = {}, ""
     with torch.cuda.device(device):
         expected = torchs()
+        if device.type == "cuda" and len(natives) > 1:
+            compile_ahead(natives.values(), device)
         for name, way in natives.items():
             try:
                 if _is_right(case, name, way, expected):
