@@ -49,6 +49,9 @@ class Device(Protocol):
     def peak_bytes(self, call: Call) -> int:
         """The highest sum of live tensors' bytes during a call, over what lived before."""
 
+    def graph_bytes(self) -> int:
+        """Memory that CUDA graphs hold for themselves: the peak of a replay does not have it."""
+
     def kernels(self, call: Call) -> dict[str, float]:
         """Milliseconds in each kernel that a call runs, by name."""
 
@@ -122,6 +125,10 @@ class Gpu:
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+
+    def graph_bytes(self) -> int:
+        segments = torch.cuda.memory_snapshot()
+        return sum(segment["total_size"] for segment in segments if segment["segment_pool_id"] != (0, 0))
 
     def kernels(self, call: Call) -> dict[str, float]:
         activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]

@@ -15,6 +15,7 @@ from on_gpu.device import Call, Device
 from timing import interleaved
 
 COMPILE_MODES = ("max-autotune", "max-autotune-no-cudagraphs")
+"""With CUDA graphs and without."""
 TURNS = 7
 LEAST_SECONDS = 0.01
 OUTPUT_FACTOR, GRADIENT_FACTOR = 2.0, 3.0

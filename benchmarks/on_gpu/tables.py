@@ -7,6 +7,7 @@ from typing import Any
 
 from on_gpu.cases import Row
 from on_gpu.report import COMPARED, NARROW, OURS, SIDES, Report, error_ratio, ratios, share
+from on_gpu.sides import COMPILE_MODES
 
 _NONE = "–"
 _KERNELS_SHOWN = 6
@@ -79,12 +80,13 @@ def _networks(report: Report, rows: dict[str, Row]) -> Iterator[str]:
 
 
 def _models(report: Report, rows: dict[str, Row]) -> Iterator[str]:
-    yield "Images per second, and the peak of memory over what lives between steps.\n"
-    yield from _header(["model", *SIDES, *_RATIOS, *_MEMORY])
+    yield "Images per second, and the peak of memory over what lives between steps; compile's with its CUDA graphs'.\n"
+    yield from _header(["model", *SIDES, *_RATIOS, *_MEMORY, "compile MiB"])
     for name, row in rows.items():
         rates = [row["sides"].get(side, {}).get("images_per_second") for side in SIDES]
         cells = [*(_number(rate, 0) for rate in rates), *_ratios(row, "step"), *_memory(row, "peak_bytes")]
-        yield _line([name, *cells])
+        of_compile = next((row["peak_bytes"][mode] for mode in COMPILE_MODES if mode in row["peak_bytes"]), None)
+        yield _line([name, *cells, _mebibytes(of_compile)])
 
 
 def _choices(report: Report, rows: dict[str, Row]) -> Iterator[str]:
@@ -158,8 +160,11 @@ def _worst_gradient(row: Row) -> float | None:
 
 def _memory(row: Row, key: str) -> list[str]:
     values = row.get(key, {})
-    sizes = [f"{values[side] / 2**20:.0f}" if side in values else _NONE for side in ("eager", "ganvas")]
-    return [*sizes, _number(share(row, key), 2)]
+    return [*(_mebibytes(values.get(side)) for side in ("eager", "ganvas")), _number(share(row, key), 2)]
+
+
+def _mebibytes(size: int | None) -> str:
+    return _NONE if size is None else f"{size / 2**20:.0f}"
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -41,6 +41,9 @@ class Host:
     def peak_bytes(self, call):
         return host_peak_bytes(call)
 
+    def graph_bytes(self):
+        return 0
+
     def kernels(self, call):
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             call()

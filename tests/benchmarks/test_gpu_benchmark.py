@@ -15,6 +15,7 @@ from benchmark_host import Host, here
 import ganvas
 import gpu
 from on_gpu import cases, networks, plan, sides, tables
+from on_gpu.device import Gpu
 from shapes import CONVOLUTIONS, LayerShape, MapShape
 
 SCRIPT = Path(gpu.__file__)
@@ -105,7 +106,8 @@ def test_models_have_rates_and_memory(measured):
     for row in found.values():
         assert set(row["sides"]) == TORCH_SIDES - {"max-autotune-no-cudagraphs"} | {"ganvas", "ganvas graph"}
         assert all(side["images_per_second"] > 0 for side in row["sides"].values())
-        assert row["peak_bytes"]["ganvas"] > 0
+        assert set(row["peak_bytes"]) == {"eager", "max-autotune", "ganvas"}
+        assert all(size > 0 for size in row["peak_bytes"].values())
     losses = [side["first_losses"] for side in found["conditional dcgan 16x16 batch 4"]["sides"].values()]
     assert set(losses[0]) == {"discriminator_loss", "generator_loss"}
 
@@ -150,6 +152,35 @@ def test_a_model_with_another_loss_than_eagers_is_wrong(host, monkeypatch):
     row, _ = cases.attempt(plan.stages(TINY, "models")[1].cases[1], host, 100.0)
     assert row["status"] == "wrong"
     assert "loss of the first step is" in row["reason"]
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_the_peak_of_torch_compile_has_what_its_graphs_hold(monkeypatch, graphs):
+    class Recording(Host):
+        held = 2**30
+
+        def graph_bytes(self):
+            return self.held
+
+        def compiled(self, network, mode):
+            self.held += 2**20  # also by a mode that then fails
+            if mode == "max-autotune" and not graphs:
+                raise RuntimeError("no graphs")
+            return super().compiled(network, mode)
+
+        def peak_bytes(self, call):
+            return 5
+
+    row, _ = cases.attempt(plan.stages(TINY, "models")[2].cases[1], Recording(), 100.0)
+    of_compile = {"max-autotune": 5 + 2**20} if graphs else {"max-autotune-no-cudagraphs": 5}
+    assert row["peak_bytes"] == {"eager": 5, "ganvas": 5, **of_compile}
+
+
+def test_what_graphs_hold_is_what_lies_in_pools_of_their_own(monkeypatch):
+    pools = {(0, 0): 7, (0, 1): 20, (3, 0): 100}
+    segments = [{"segment_pool_id": pool, "total_size": size, "allocated_size": 3} for pool, size in pools.items()]
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
+    assert Gpu.graph_bytes(None) == 120
 
 
 def test_every_case_can_be_sent_to_a_process_of_its_own():

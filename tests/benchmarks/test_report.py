@@ -105,6 +105,14 @@ def test_everything_without_numbers_is_listed(report):
     assert "- models, b, ganvas: runs without a CUDA graph" in text
 
 
+@pytest.mark.parametrize("mode", ["max-autotune", "max-autotune-no-cudagraphs"])
+def test_a_models_memory_stands_beside_that_of_torch_compile(report, mode):
+    peaks = {"eager": 8 * 2**20, "ganvas": 2 * 2**20, mode: 5 * 2**20}
+    report.add("models", "a", {**row(eager=2.0, ganvas=1.0), "peak_bytes": peaks})
+    line = next(line for line in tables.lines(report) if line.startswith("| a |"))
+    assert line.endswith("| 8 | 2 | 0.25 | 5 |")
+
+
 def test_a_side_that_is_wrong_stands_as_such_in_the_table(report):
     of_layer = row(eager=1.0, ganvas=1.0)
     of_layer["sides"]["ganvas graph"] = {"status": "wrong", "reason": "far off"}

@@ -83,6 +83,13 @@ def test_the_peak_is_over_what_lived_before(gpu):
     assert peak == 2**22
 
 
+def test_what_a_graph_holds_is_counted_apart_from_the_peak(gpu):
+    x = torch.zeros(2**22, device="cuda")
+    captured = gpu.capture(lambda: (x + 1).sum())
+    assert gpu.graph_bytes() >= 2**24
+    assert gpu.peak_bytes(captured.replay) == 0
+
+
 def test_kernels_are_those_of_the_gpu(gpu):
     a = torch.randn(512, 512, device="cuda")
     milliseconds = gpu.kernels(lambda: (a @ a).relu())
