@@ -173,7 +173,7 @@ std::int64_t length_4x4_stride2_transposed(std::int64_t length, std::int64_t pad
 }
 
 template <OutputLength output_length>
-ConvolutionShape convolution_shape(Dtype dtype, const Strides& input_shape, std::int64_t out_channels,
+ConvolutionShape convolution_shape(Dtype dtype, bool integers, const Strides& input_shape, std::int64_t out_channels,
                                    std::int64_t padding, std::int64_t groups) {
     require_cpu_dtype(dtype);
     const auto [batch, channels, height, width] = input_shape;
@@ -185,7 +185,7 @@ ConvolutionShape convolution_shape(Dtype dtype, const Strides& input_shape, std:
     require(out_height >= 1 && out_width >= 1, "the output would be empty; got a map of ", height, "×", width,
             " and padding ", padding);
     require(groups >= 1 && batch % groups == 0, "groups must divide the batch; got ", groups, " groups, batch ", batch);
-    return {dtype, batch, height, width, out_height, out_width, channels, out_channels, padding, groups};
+    return {dtype, integers, batch, height, width, out_height, out_width, channels, out_channels, padding, groups};
 }
 
 PendingActivation pending_activation(const ConvolutionShape& shape, Address stored, Address scale, Address shift,
@@ -203,11 +203,11 @@ ConvolutionWeight convolution_weight(Address values, const Strides& strides) {
 }
 
 template <OutputLength output_length, void (*kernel)(const ConvolutionForward&, int)>
-void convolution_forward_(Dtype dtype, const Strides& input_shape, std::int64_t out_channels, std::int64_t padding,
-                          std::int64_t groups, Address input, Address scale, Address shift, float negative_slope,
-                          bool activation_first, Address weight, const Strides& weight_strides, Address bias,
-                          Address output, int threads) {
-    const auto shape = convolution_shape<output_length>(dtype, input_shape, out_channels, padding, groups);
+void convolution_forward_(Dtype dtype, bool integers, const Strides& input_shape, std::int64_t out_channels,
+                          std::int64_t padding, std::int64_t groups, Address input, Address scale, Address shift,
+                          float negative_slope, bool activation_first, Address weight, const Strides& weight_strides,
+                          Address bias, Address output, int threads) {
+    const auto shape = convolution_shape<output_length>(dtype, integers, input_shape, out_channels, padding, groups);
     require_address("output", output, element_size(dtype));
     kernel({shape,
             pending_activation(shape, input, scale, shift, negative_slope, activation_first),
@@ -219,14 +219,14 @@ void convolution_forward_(Dtype dtype, const Strides& input_shape, std::int64_t 
 }
 
 template <OutputLength output_length, void (*kernel)(const ConvolutionForward&, int)>
-void convolution_forward_statistics_(Dtype dtype, const Strides& input_shape, std::int64_t out_channels,
+void convolution_forward_statistics_(Dtype dtype, bool integers, const Strides& input_shape, std::int64_t out_channels,
                                      std::int64_t padding, std::int64_t groups, Address input, Address scale,
                                      Address shift, float negative_slope, bool activation_first, Address weight,
                                      const Strides& weight_strides, Address bias, Address output, Address bn_weight,
                                      Address bn_bias, float eps, bool bn_activation_first, float bn_negative_slope,
                                      Address running_mean, Address running_var, float momentum, Address mean,
                                      Address var, Address bn_scale, Address bn_shift, int threads) {
-    const auto shape = convolution_shape<output_length>(dtype, input_shape, out_channels, padding, groups);
+    const auto shape = convolution_shape<output_length>(dtype, integers, input_shape, out_channels, padding, groups);
     require_address("output", output, element_size(dtype));
     for (Address address : {mean, var, bn_scale, bn_shift}) require_address("statistics", address, 4);
     require((running_mean == 0) == (running_var == 0), "running_mean and running_var go together");
@@ -242,12 +242,12 @@ void convolution_forward_statistics_(Dtype dtype, const Strides& input_shape, st
 }
 
 template <OutputLength output_length, void (*kernel)(const ConvolutionBackwardInput&, int)>
-void convolution_backward_input_(Dtype dtype, const Strides& input_shape, std::int64_t out_channels,
+void convolution_backward_input_(Dtype dtype, bool integers, const Strides& input_shape, std::int64_t out_channels,
                                  std::int64_t padding, std::int64_t groups, Address grad_output, Address weight,
                                  const Strides& weight_strides, Address input, Address scale, Address shift,
                                  float negative_slope, bool activation_first, Address mean, Address grad_input,
                                  Address sum, Address sum_deviation, int threads) {
-    const auto shape = convolution_shape<output_length>(dtype, input_shape, out_channels, padding, groups);
+    const auto shape = convolution_shape<output_length>(dtype, integers, input_shape, out_channels, padding, groups);
     require_address("grad_output", grad_output, element_size(dtype));
     require_address("grad_input", grad_input, element_size(dtype));
     require(scale == 0 || input != 0, "a pending input needs its stored values");
@@ -264,11 +264,11 @@ void convolution_backward_input_(Dtype dtype, const Strides& input_shape, std::i
 }
 
 template <OutputLength output_length, void (*kernel)(const ConvolutionBackwardWeight&, int)>
-void convolution_backward_weight_(Dtype dtype, const Strides& input_shape, std::int64_t out_channels,
+void convolution_backward_weight_(Dtype dtype, bool integers, const Strides& input_shape, std::int64_t out_channels,
                                   std::int64_t padding, std::int64_t groups, Address input, Address scale,
                                   Address shift, float negative_slope, bool activation_first, Address grad_output,
                                   Address grad_weight, const Strides& weight_strides, int threads) {
-    const auto shape = convolution_shape<output_length>(dtype, input_shape, out_channels, padding, groups);
+    const auto shape = convolution_shape<output_length>(dtype, integers, input_shape, out_channels, padding, groups);
     require_address("grad_output", grad_output, element_size(dtype));
     require_address("grad_weight", grad_weight, 4);
     kernel({shape,

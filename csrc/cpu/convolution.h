@@ -9,7 +9,8 @@
 namespace ganvas::cpu {
 
 struct ConvolutionShape {
-    Dtype dtype;  // of every tensor of pixels; weights and per-channel values are float32
+    Dtype dtype;    // of every tensor of pixels; weights and per-channel values are float32
+    bool integers;  // products may be of 16-bit integers (winograd_factors.h)
     std::int64_t batch;
     std::int64_t height, width;              // of the input
     std::int64_t out_height, out_width;      // H', W'

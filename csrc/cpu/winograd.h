@@ -5,8 +5,8 @@
 //   winograd_stride2_             4×4 kernels of stride 2, as four 2×2 kernels
 //   winograd_stride2_transposed_  their transposes, without output padding
 //
-// Padding is 0, 1 or 2. Where the processor has AVX512-VNNI, bfloat16 pixels are made of products of 16-bit integers
-// (winograd_factors.h), whose error is less than that of the rounding to bfloat16; the weight's gradient never is.
+// Padding is 0, 1 or 2. Where they may and the processor has AVX512-VNNI, products are of 16-bit integers
+// (winograd_factors.h), whose error is less than that of rounding to bfloat16.
 #pragma once
 
 #include "convolution.h"

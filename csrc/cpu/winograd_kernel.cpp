@@ -39,7 +39,8 @@ void winograd_backward_weight(const ConvolutionBackwardWeight& args, int threads
                                  {written(args.grad_output), s.out_height, s.out_width, s.out_channels, images},
                                  {s.in_channels, s.out_channels, w.in, w.out, w.row, w.column},
                                  args.grad_weight,
-                                 s.dtype},
+                                 s.dtype,
+                                 s.integers},
                                 s.batch, threads);
 }
 

@@ -47,6 +47,7 @@ struct Pass {
     Walk walk;
     Index groups;
     Dtype dtype;
+    bool integers;  // products may be of them
     Output kind;
 };
 
@@ -285,7 +286,7 @@ void run(const Pass& pass, Index images, int threads, Finish finish) {
 template <int taps, int step, class Finish>
 void run(const Pass& pass, Index images, int threads, Finish finish) {
     if constexpr (lanes == 16)
-        if (pass.dtype == Dtype::bfloat16 && pass.destination.channels >= integer_columns_least && has_int16_products())
+        if (pass.integers && pass.destination.channels >= integer_columns_least && has_int16_products())
             return run<taps, step, true>(pass, images, threads, finish);
     run<taps, step, false>(pass, images, threads, finish);
 }
@@ -349,6 +350,7 @@ void forward(const ConvolutionForward& args, const Walk& walk, int threads) {
               walk,
               s.groups,
               s.dtype,
+              s.integers,
               Output::plain};
     pass.destination.streams = streams(pass.destination, s.dtype, s.batch);
     if (statistics.scale) pass.kind = statistics.activation_first ? Output::activation_statistics : Output::statistics;
@@ -367,6 +369,7 @@ void backward_input(const ConvolutionBackwardInput& args, const Walk& walk, int 
               walk,
               s.groups,
               s.dtype,
+              s.integers,
               Output::plain};
     pass.destination.streams = streams(pass.destination, s.dtype, s.batch);
     if (args.input.scale) pass.kind = args.input.activation_first ? Output::kink_affine : Output::affine_kink;

@@ -73,7 +73,8 @@ void winograd_stride2_backward_weight(const ConvolutionBackwardWeight& args, int
                               grad_output_of(args),
                               forward_taps(s, args.layout),
                               args.grad_weight,
-                              s.dtype},
+                              s.dtype,
+                              s.integers},
                              s.batch, threads);
 }
 
@@ -94,7 +95,8 @@ void winograd_stride2_transposed_backward_weight(const ConvolutionBackwardWeight
                               input_of(args),
                               backward_taps(s, args.layout),
                               args.grad_weight,
-                              s.dtype},
+                              s.dtype,
+                              s.integers},
                              s.batch, threads);
 }
 

@@ -24,6 +24,7 @@ struct WeightGradient {
     Taps taps;
     float* values;
     Dtype dtype;
+    bool integers;  // products may be of them
 };
 
 // Makes integers of `width` numbers of `count` tiles, in words of tiles t and t + 1; after the last of an odd number of
@@ -207,8 +208,7 @@ void weight_gradient(const WeightGradient& args, Index images, int threads) {
 template <int taps, int step>
 void weight_gradient(const WeightGradient& args, Index images, int threads) {
     if constexpr (lanes == 16)
-        if (args.dtype == Dtype::bfloat16 && has_int16_products())
-            return weight_gradient<taps, step, true>(args, images, threads);
+        if (args.integers && has_int16_products()) return weight_gradient<taps, step, true>(args, images, threads);
     weight_gradient<taps, step, false>(args, images, threads);
 }
 

@@ -124,6 +124,7 @@ def batch_norm_add_leaky_relu_backward(
 ) -> None: ...
 def winograd_forward(
     dtype: Dtype,
+    integers: bool,
     input_shape: Sequence[int],
     out_channels: int,
     padding: int,
@@ -142,6 +143,7 @@ def winograd_forward(
 ) -> None: ...
 def winograd_forward_statistics(
     dtype: Dtype,
+    integers: bool,
     input_shape: Sequence[int],
     out_channels: int,
     padding: int,
@@ -172,6 +174,7 @@ def winograd_forward_statistics(
 ) -> None: ...
 def winograd_backward_input(
     dtype: Dtype,
+    integers: bool,
     input_shape: Sequence[int],
     out_channels: int,
     padding: int,
@@ -193,6 +196,7 @@ def winograd_backward_input(
 ) -> None: ...
 def winograd_backward_weight(
     dtype: Dtype,
+    integers: bool,
     input_shape: Sequence[int],
     out_channels: int,
     padding: int,

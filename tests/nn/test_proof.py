@@ -247,6 +247,14 @@ def test_on_a_gpu_float32_may_mean_tf32(monkeypatch, allowed):
     assert observation._coarsest_epsilon([torch.empty(1)]) == single
 
 
+@pytest.mark.parametrize("allowed", [True, False])
+def test_on_a_cpu_products_of_float32_may_be_rounded(monkeypatch, allowed):
+    monkeypatch.setattr(observation, "rounds_float32", lambda: allowed)
+    expected = torch.finfo(torch.bfloat16 if allowed else torch.float32).eps
+    assert observation._coarsest_epsilon([torch.empty(1)]) == expected
+    assert observation._coarsest_epsilon([torch.empty(1).double()]) == torch.finfo(torch.float64).eps
+
+
 @pytest.mark.parametrize(
     ("wrong", "holds", "examples"),
     [

@@ -29,9 +29,9 @@ from ganvas.ops.pending import Pending
 # Σ_f A_if²·|B_f|²·|G_f|² / 3 is 5.02, along each of two axes, so their root mean square is 5.02 times as large. The
 # weight's gradient has the same factor. Twice (gradients: three times) torch's own error comes on top.
 GROWTH = 5.02
-# A factor that is an integer of a largest 8191 (of the input) or 4095 (of the weight, or the gradient) is off by 1/√12 of
-# one, root mean square, and the largest factor of a tile, a column or a run of tiles is about three times the root mean
-# square.
+# A factor that is an integer of a largest 8191 (of the input) or 4095 (of the weight, or the gradient) is off by 1/√12
+# of one, root mean square, and the largest factor of a tile, a column or a run of tiles is about three times the root
+# mean square.
 INTEGER_ROUNDING = 3 * (8191**-2 + 4095**-2) ** 0.5 / 12**0.5
 KINDS = ("stored", "affine_kink", "kink_affine")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -350,8 +350,8 @@ def student_t(*shape: int) -> Tensor:
     return torch.randn(shape) / torch.randn(3, *shape).square().mean(0).sqrt()
 
 
-# In integers a number is rounded relative to the largest of its tile, or of a channel in 64 tiles: what if that stands far
-# out?
+# In integers a number is rounded relative to the largest of its tile, or of a channel in 64 tiles: what if that stands
+# far out?
 SPREADS = {
     "a heavy tail": student_t,
     "channels of different size": lambda n, c, h, w: torch.randn(n, c, h, w) * torch.randn(1, c, 1, 1).exp(),
@@ -405,6 +405,33 @@ def test_bfloat16_weight_gradient_does_not_lose_a_nan(tensor):
     channel = gradient[:, 3] if tensor == "stored" else gradient[3]
     assert channel.isnan().all()
     assert gradient.isnan().sum() == channel.numel()
+
+
+@pytest.fixture
+def precision():
+    """torch.set_float32_matmul_precision, for this test."""
+    before = torch.get_float32_matmul_precision()
+    yield torch.set_float32_matmul_precision
+    torch.set_float32_matmul_precision(before)
+
+
+def multiplies_integers() -> bool:
+    return native.selected_isa() == "avx512" and "avx512_vnni" in Path("/proc/cpuinfo").read_text()
+
+
+def test_medium_float32_precision_is_finer_than_factors_rounded_to_bfloat16(precision):
+    of = Arguments(Case(in_channels=64, out_channels=64, height=17, width=20, kind="stored", has_bias=False))
+    exact, plain = layer_by_layer(of, torch.float64), kernels(of)
+    precision("high")
+    assert all(torch.equal(result, plain[name]) for name, result in kernels(of).items())
+    precision("medium")
+    ours = kernels(of)
+    for tensor in (of.stored, of.weight, of.grad_output):
+        tensor.copy_(tensor.bfloat16())
+    rounded = layer_by_layer(of, torch.float64)
+    for name in ("output", "grad_input", "grad_weight"):
+        assert (ours[name] - exact[name]).norm() < (rounded[name] - exact[name]).norm(), name
+        assert torch.equal(ours[name], plain[name]) != multiplies_integers(), name
 
 
 @pytest.mark.parametrize("activation_first", [False, True])
@@ -507,10 +534,10 @@ def test_weights_of_any_strides():
 def _forward_arguments(**changes) -> tuple:
     x, weight, output = torch.zeros(2, 16, 4, 4), torch.zeros(16, 16, 3, 3), torch.zeros(2, 16, 4, 4)
     arguments = {
-        "dtype": native.Dtype.float32, "input_shape": list(x.shape), "out_channels": 16, "padding": 1, "groups": 1,
-        "input": x.data_ptr(), "scale": 0, "shift": 0, "negative_slope": 0.1, "activation_first": False,
-        "weight": weight.data_ptr(), "weight_strides": list(weight.stride()), "bias": 0, "output": output.data_ptr(),
-        "threads": 1,
+        "dtype": native.Dtype.float32, "integers": False, "input_shape": list(x.shape), "out_channels": 16,
+        "padding": 1, "groups": 1, "input": x.data_ptr(), "scale": 0, "shift": 0, "negative_slope": 0.1,
+        "activation_first": False, "weight": weight.data_ptr(), "weight_strides": list(weight.stride()), "bias": 0,
+        "output": output.data_ptr(), "threads": 1,
     }  # fmt: skip
     return tuple({**arguments, **changes}.values())
 

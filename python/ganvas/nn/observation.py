@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from ganvas.nn.fused import FusedSequential, runs_fused
 from ganvas.nn.tracing import is_converted
+from ganvas.ops.backends.cpu.precision import rounds_float32
 from ganvas.ops.backends.triton.precision import uses_tf32
 
 _TF32_EPSILON = 2.0**-10
@@ -89,9 +90,13 @@ def _coarsest_epsilon(tensors: list[Tensor]) -> float:
     for device_type in {tensor.device.type for tensor in tensors}:
         if torch.is_autocast_enabled(device_type):
             dtypes.add(torch.get_autocast_dtype(device_type))
-    coarsest = max(torch.finfo(dtype).eps for dtype in dtypes)
-    on_gpu = any(tensor.device.type == "cuda" and tensor.dtype is torch.float32 for tensor in tensors)
-    return max(coarsest, _TF32_EPSILON) if on_gpu and uses_tf32() else coarsest
+    of_float32 = {tensor.device.type for tensor in tensors if tensor.dtype is torch.float32}
+    coarsest = [torch.finfo(dtype).eps for dtype in dtypes]
+    if "cuda" in of_float32 and uses_tf32():
+        coarsest.append(_TF32_EPSILON)
+    if "cpu" in of_float32 and rounds_float32():
+        coarsest.append(torch.finfo(torch.bfloat16).eps)
+    return max(coarsest)
 
 
 @contextmanager

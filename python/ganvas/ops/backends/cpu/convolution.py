@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ganvas.ops import tuning
 from ganvas.ops.backends.cpu import stride2, winograd
+from ganvas.ops.backends.cpu.precision import multiplied_as
 from ganvas.ops.backends.trial import Direction, trial
 from ganvas.ops.convolution import Geometry
 from ganvas.ops.pending import Pending
@@ -88,7 +89,8 @@ def chosen_convolution(
         dtype: of the input; the weight's may be another one under autocast.
         backend: plays no part: ``cpu`` is faster or not as well.
     """
-    key = (geometry, weight.shape, input_shape, dtype, torch.get_num_threads(), direction)
+    products = multiplied_as(dtype)
+    key = (geometry, weight.shape, input_shape, dtype, torch.get_num_threads(), direction, products)
     try:
         return tuning.decisions[key]
     except KeyError:
@@ -100,15 +102,14 @@ def chosen_convolution(
 
 def _native_is_faster(
     native: NativeConvolution, geometry: Geometry, weight: torch.Size, input: torch.Size, dtype: torch.dtype,
-    threads: int, direction: Direction,
+    threads: int, direction: Direction, products: str,
 ) -> bool:  # fmt: skip
     output = geometry.output_shape(input, weight)
     if _multiplications(geometry, weight, input) < _LEAST_MULTIPLICATIONS:
         return not native.folds_weight and output.numel() >= 16 * output[1]
     shape = _representative(geometry, weight, input, threads)
     batch, channels, height, width = shape
-    name = str(dtype).removeprefix("torch.")
-    case = tuning.Case(direction, native.name, name, "cpu", threads, batch, channels, output[1], height, width)
+    case = tuning.Case(direction, native.name, products, "cpu", threads, batch, channels, output[1], height, width)
 
     def candidates() -> tuple[Callable[[], object], Callable[[], object]]:
         kernels = import_module("ganvas.ops.backends.cpu")

@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ganvas import _native as native
 from ganvas.ops.backends.arguments import address, float32
 from ganvas.ops.backends.cpu.arguments import dtype_of, empty, rows
+from ganvas.ops.backends.cpu.precision import multiplied_as
 from ganvas.ops.pending import Pending, statistics
 
 LEAST_CHANNELS = 16  # below, the transforms outweigh the products that they save
@@ -68,7 +70,7 @@ class Kernels(NamedTuple):
         grad_input = torch.empty_like(stored)
         sums = empty(2, groups, stored.shape[1])
         self.backward_input_kernel(
-            dtype_of(stored), stored.shape, weight.shape[0], padding, groups, grad_output.data_ptr(),
+            *_products(stored), stored.shape, weight.shape[0], padding, groups, grad_output.data_ptr(),
             weight.data_ptr(), weight.stride(), stored.data_ptr(), address(input.scale), address(input.shift),
             input.negative_slope, input.activation_first, address(input.mean), grad_input.data_ptr(),
             *rows(sums), torch.get_num_threads(),
@@ -87,6 +89,11 @@ class Kernels(NamedTuple):
 def _input_arguments(padding: int, input: Pending, weight: Tensor, groups: int) -> Any:
     stored = input.stored
     return (
-        dtype_of(stored), stored.shape, weight.shape[0], padding, groups, stored.data_ptr(), address(input.scale),
+        *_products(stored), stored.shape, weight.shape[0], padding, groups, stored.data_ptr(), address(input.scale),
         address(input.shift), input.negative_slope, input.activation_first,
     )  # fmt: skip
+
+
+def _products(stored: Tensor) -> tuple[native.Dtype, bool]:
+    """The pixels' dtype, and whether products may be of 16-bit integers, which are finer than bfloat16."""
+    return dtype_of(stored), multiplied_as(stored.dtype) != "float32"
