@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from chains import SETTINGS, chains, compare_with_torch, everything, layer, plain, with_grad
+from chains import SETTINGS, Chain, chains, compare_with_torch, everything, layer, plain, with_grad
 from hypothesis import given, settings
 from torch import Tensor
 
@@ -36,6 +36,13 @@ def test_random_chains_are_as_accurate_as_torch(accuracy, chain):
 @given(chains())
 def test_many_random_chains_are_as_accurate_as_torch(accuracy, chain):
     compare_with_torch(accuracy, chain)
+
+
+@pytest.mark.parametrize("norm", [True, None])
+def test_pooling_alone_makes_a_chain_of_a_layer_whose_convolution_is_torchs(accuracy, norm):
+    x, stem = image(4, 3, 9, 8), layer(3, 8, norm=norm)
+    assert not can_chain(x, [stem])
+    compare_with_torch(accuracy, Chain(x, [replace(stem, max_pool=True)], 2))
 
 
 def three_layers(**options) -> list[Layer]:

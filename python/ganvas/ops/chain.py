@@ -34,7 +34,7 @@ __all__ = ["Layer", "can_chain", "conv_bn_leaky_relu_chain"]
 def can_chain(
     input: Tensor, layers: Sequence[Layer], statistics_groups: int = 1, residual: Tensor | None = None
 ) -> bool:
-    """Whether native kernels take one of the layers' convolutions, so that it pays to run them as a chain.
+    """Whether it pays to run the layers as a chain: native kernels take a convolution of them, or pooling.
 
     Also False where an argument does not fit: the layers one by one have the message for that.
     """
@@ -71,7 +71,7 @@ def can_chain(
             return False  # torch broadcasts and promotes
         if layers[-1].negative_slope < 0:
             return False  # the output's sign would not tell the side of the kink
-    return any(_is_native(layer, shape, dtype) for layer, shape in convolutions)
+    return any(layer.max_pool or _is_native(layer, shape, dtype) for layer, shape in convolutions)
 
 
 def _is_native(layer: Layer, input_shape: torch.Size, dtype: torch.dtype) -> bool:
