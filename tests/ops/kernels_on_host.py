@@ -27,8 +27,18 @@ needs_compiler = [
 ]
 
 
+_compiled: dict[tuple[str, ...], ctypes.CDLL] = {}
+
+
 def compiled(folder: Path, name: str, *kernels: str) -> ctypes.CDLL:
-    """``cuda_on_host/name.cpp`` and the ``kernels`` in csrc/cuda as a library."""
+    """``cuda_on_host/name.cpp`` and the ``kernels`` in csrc/cuda as a library, compiled once in a process."""
+    key = (name, *kernels)
+    if key not in _compiled:
+        _compiled[key] = _compile(folder, name, *kernels)
+    return _compiled[key]
+
+
+def _compile(folder: Path, name: str, *kernels: str) -> ctypes.CDLL:
     library = folder / f"lib{name}.so"
     options = ["-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", "-Wno-unknown-pragmas", "-I", HERE, "-I", CSRC]
     sources = [HERE / f"{name}.cpp", "-x", "c++", *(CSRC / "cuda" / f"{kernel}.cu" for kernel in kernels)]
