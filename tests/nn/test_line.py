@@ -114,6 +114,16 @@ MODELS: dict[str, tuple[Callable[[], FusedSequential], list[int]]] = {
         ),
         [2],
     ),
+    "a convolution alone at the end": (
+        lambda: FusedSequential(
+            nn.Conv2d(16, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 3, 3, padding=1), nn.Tanh()
+        ),
+        [2],
+    ),
+    "convolutions alone, one of them written over": (
+        lambda: FusedSequential(nn.Conv2d(16, 16, 3, bias=False), nn.SiLU(inplace=True), nn.Conv2d(16, 16, 3)),
+        [1, 1],
+    ),
     "an unknown layer between": (
         lambda: FusedSequential(
             nn.Conv2d(16, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.GELU(), nn.Conv2d(16, 16, 3), nn.LeakyReLU()

@@ -62,11 +62,15 @@ def chain_of(kind: str) -> tuple[Tensor, list[Layer], int, Tensor | None]:
         return image(), [layer(16, 24), layer(24, 16)], 1, image()
     if kind == "residual without a kink":
         return image(), [layer(16, 16, negative_slope=1.0)], 2, image()
+    if kind == "a convolution alone at the end":
+        return image(), [layer(16, 24), layer(24, 3, None, negative_slope=1.0, bias=torch.randn(3))], 1, None
     layers = [replace(one, weight=one.weight.bfloat16()) for one in (layer(16, 24), layer(24, 16, None))]
     return image(dtype=torch.bfloat16).to(memory_format=torch.channels_last), layers, 1, None
 
 
-KINDS = ["mixed", "statistics groups", "residual", "residual without a kink", "bfloat16"]
+KINDS = [
+    "mixed", "statistics groups", "residual", "residual without a kink", "a convolution alone at the end", "bfloat16",
+]  # fmt: skip
 
 
 def with_grad(layers: Sequence[Layer]) -> list[Layer]:

@@ -378,12 +378,13 @@ def test_weights_of_any_strides():
     [
         (Convolution.conv4x4, (64, 16, 4, 4), (2, 16, 8, 8), True),
         (Convolution.conv4x4, (64, 16, 3, 3), (2, 16, 8, 8), False),
+        (Convolution.conv4x4, (64, 3, 4, 4), (2, 3, 8, 8), True),
         (
             Convolution.conv4x4,
-            (64, 3, 4, 4),
+            (8, 3, 4, 4),
             (2, 3, 8, 8),
             False,
-        ),  # few channels: the transforms cost more than they save
+        ),  # few channels: the transforms outweigh what they save
         (Convolution.conv4x4, (64, 16, 4, 4), (2, 16, 1, 8), False),  # no output
         (Convolution.conv_transpose4x4, (16, 64, 4, 4), (2, 16, 1, 8), True),
         (Convolution.upsample2_conv3x3, (64, 16, 3, 3), (2, 16, 4, 4), True),

@@ -434,6 +434,17 @@ def _choose(forward: bool, of_weight: bool, of_input: bool) -> None:
         tuning._remembered[known] = tuning.Entry(known, 1.0, 2.0 if native else 0.5)
 
 
+@pytest.mark.parametrize("faster", [True, False])
+def test_few_channels_are_native_only_where_that_was_measured(monkeypatch, faster):
+    x, weight = torch.randn(8, 64, 16, 16), torch.randn(3, 64, 3, 3)
+    convolution = (CONV3X3, weight, x.shape, x.dtype, "forward")
+    monkeypatch.setattr(tuning, "measured", lambda case, _: tuning.Entry(case, 1.0, 2.0 if faster else 0.5))
+    assert (chosen_convolution(*convolution) is not None) is faster
+    tuning.clear()
+    monkeypatch.setenv("GANVAS_AUTOTUNE", "0")
+    assert chosen_convolution(*convolution) is None
+
+
 @pytest.mark.parametrize("native", list(itertools.product((True, False), repeat=3)))
 def test_a_chain_is_taken_where_one_of_its_ways_is_native(native):
     _choose(*native)

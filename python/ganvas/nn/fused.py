@@ -20,7 +20,9 @@ class FusedSequential(nn.Sequential):
 
     - BatchNorm1d/2d, then LeakyReLU or ReLU, or the other way round, or BatchNorm alone: one
       :func:`ganvas.ops.batch_norm_leaky_relu`;
-    - Conv2d, ConvTranspose2d or Linear, then LeakyReLU or ReLU: the activation is written over the fresh output.
+    - Conv2d, ConvTranspose2d or Linear, then LeakyReLU or ReLU: the activation is written over the fresh output;
+    - neighbouring convolutions with what follows them, 2×2 max-pooling included, also one that nothing follows:
+      one :func:`ganvas.ops.chain.conv_bn_leaky_relu_chain`, where native kernels take part.
 
     Everything else is called as it stands. Where native kernels run, 4-D inputs of such runs are converted to
     channels_last, and outputs are channels_last. (Dropout then draws another mask from the same seed than on contiguous

@@ -8,7 +8,15 @@ from typing import cast
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from ganvas.nn.run import Run, count_batches, negative_slope_of, norm_arguments, uses_batch_statistics, why_not_plain
+from ganvas.nn.run import (
+    CONVOLUTIONS,
+    Run,
+    count_batches,
+    negative_slope_of,
+    norm_arguments,
+    uses_batch_statistics,
+    why_not_plain,
+)
 from ganvas.ops.chain import Layer, can_chain, conv_bn_leaky_relu_chain
 from ganvas.ops.convolution import Geometry, symmetric_padding
 
@@ -82,7 +90,7 @@ def _execute_as_chain(
 
 
 def _convolution_of(run: Run) -> nn.Conv2d | nn.ConvTranspose2d | None:
-    known = type(run.producer) in (nn.Conv2d, nn.ConvTranspose2d)
+    known = type(run.producer) in CONVOLUTIONS
     return cast("nn.Conv2d | nn.ConvTranspose2d", run.producer) if known else None
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from ganvas.nn.run import ACTIVATIONS, NORMS, PRODUCERS, Run
+from ganvas.nn.run import ACTIVATIONS, CONVOLUTIONS, NORMS, PRODUCERS, Run
 
 UPSAMPLINGS = frozenset({nn.Upsample, nn.UpsamplingNearest2d})
 
@@ -43,8 +43,16 @@ def find_runs(children: Mapping[str, nn.Module | None]) -> list[Run]:
 
 
 def plan(children: Mapping[str, nn.Module]) -> tuple[tuple[Run, ...] | nn.Module, ...]:
-    """What a FusedSequential executes: its runs, neighbouring ones together, and the other children as they are."""
-    run_of = {name: run for run in find_runs(children) for name in run.names}
+    """What a FusedSequential executes: its runs, neighbouring ones together, and the other children as they are.
+
+    A convolution that belongs to no run is one here: native kernels may be the faster ones, and read what is pending.
+    """
+    runs = find_runs(children)
+    channels_last = any(run.channels_last for run in runs)
+    run_of = {name: run for run in runs for name in run.names}
+    for name, module in children.items():
+        if name not in run_of and type(module) in CONVOLUTIONS:
+            run_of[name] = Run((name,), (module,), module, None, None, "conv_bn_act", channels_last)
     steps: list[tuple[Run, ...] | nn.Module] = []
     for name, module in children.items():
         run = run_of.get(name)

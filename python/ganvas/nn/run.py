@@ -17,14 +17,15 @@ from ganvas.ops.linear import linear
 from ganvas.ops.selection import could_choose_kernel
 
 # Exact types only: a subclass may have a forward of its own.
-PRODUCERS = frozenset({nn.Conv2d, nn.ConvTranspose2d, nn.Linear})
+CONVOLUTIONS = frozenset({nn.Conv2d, nn.ConvTranspose2d})
+PRODUCERS = CONVOLUTIONS | {nn.Linear}
 NORMS = frozenset({nn.BatchNorm1d, nn.BatchNorm2d})
 ACTIVATIONS = frozenset({nn.LeakyReLU, nn.ReLU})
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """Consecutive children of a Sequential, by role; at least a norm, or a producer and an activation.
+    """Consecutive children of a Sequential, by role; at least a norm, a producer and an activation, or a convolution.
 
     ``order`` says where the norm stands: ``conv_bn_act`` (also without an activation) or ``conv_act_bn``.
     """
@@ -57,7 +58,7 @@ class Run:
 
     def _norm_and_activation(self, input: Tensor, statistics_groups: int, residual: Tensor | None) -> Tensor:
         if self.norm is None:
-            return _activate_fresh(self.activation, input)  # type: ignore[arg-type]
+            return input if self.activation is None else _activate_fresh(self.activation, input)
         if residual is not None and not _like(residual, input):  # torch broadcasts and promotes
             input = _normalise(self.norm, input, 1.0, self.order, statistics_groups) + residual
             return input if self.activation is None else self.activation(input)
@@ -102,7 +103,7 @@ def call(module: nn.Module, input: Tensor, statistics_groups: int) -> Tensor:
 
 def breaks_on_channels_last(module: nn.Module) -> bool:
     """Whether ``module`` is a convolution of which torch computes wrong gradients in that layout."""
-    return type(module) in (nn.Conv2d, nn.ConvTranspose2d) and breaks_in_channels_last(
+    return type(module) in CONVOLUTIONS and breaks_in_channels_last(
         module.weight.shape,  # type: ignore[arg-type,union-attr]
         module.stride,  # type: ignore[arg-type]
     )

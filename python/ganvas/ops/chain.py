@@ -120,6 +120,8 @@ class _Chain(torch.autograd.Function):
         # The output tells the side of the kink: the residual itself is needed for second derivatives only.
         result = output if residual is not None and layers[-1].negative_slope != 1.0 else None
         kept = [tensor for s in stages for tensor in (s.pending.stored, *s.statistics, s.pooled, s.winners)]
+        if layers[-1].is_bare:  # the output itself, over which others may write: backward does without
+            kept[-len(kept) // len(stages)] = None
         ctx.save_for_backward(input, residual, result, *tensors, *kept)
         ctx.layers, ctx.groups = layers, groups
         return output

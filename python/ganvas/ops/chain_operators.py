@@ -56,6 +56,8 @@ def _forward(
             stored.extend((stage.pending.stored, stage.pooled if len(moments) < len(layers) else None, stage.winners))
 
     output = run_forward(input, residual, layers, tensors, statistics_groups, collect)
+    if keep and layers[-1].is_bare:
+        output = output.clone()
     return output, moments, [tensor for tensor in stored if tensor is not None]
 
 

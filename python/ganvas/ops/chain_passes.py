@@ -72,14 +72,16 @@ def run_forward(
     groups: int,
     keep: Callable[[Stage], object] | None = None,
 ) -> Tensor:
-    """The last layer's activation; ``keep`` is called with each layer's stage."""
+    """The last layer's activation (raw output, where nothing follows); ``keep`` is called with each layer's stage."""
     stage, written = Stage(Pending(checks.channels_last(input))), None
     for i, own in enumerate(by_layer(tensors), 1):
         added = residual if i == len(layers) else None
         stage, written = _forward(layers[i - 1], own, stage.output, written, groups, added)
         if keep is not None:
             keep(stage)
-    return kernels_of(input).activate(stage.output) if written is None else written
+    if written is not None:
+        return written
+    return stage.pending.stored if layers[-1].is_bare else kernels_of(input).activate(stage.output)
 
 
 def moves_in_kernel(layer: Layer) -> bool:
@@ -225,8 +227,8 @@ def _raw_gradient(
     sums: Tensor | None,
     input_shape: torch.Size,
     readers: Chosen,
-) -> tuple[Tensor | PendingGradient, Tensor, Tensor]:
-    """From the gradient of what a layer put out: those of its convolution's raw output, γ and β.
+) -> tuple[Tensor | PendingGradient, Tensor | None, Tensor | None]:
+    """From the gradient of what a layer put out: those of its convolution's raw output, γ and β, if there was a pass.
 
     With ``sums`` a convolution's backward pass has begun with it: see :func:`ganvas.ops.backends.cpu.settle`. What
     ``readers`` alone read may stay pending.
@@ -239,6 +241,8 @@ def _raw_gradient(
                 return kernels.pending_gradient(grad, sums, stage.pending)
         return kernels.settle(grad, sums, stage.pending)
     grad = checks.channels_last(grad)
+    if layer.is_bare:
+        return grad, None, None
     if stage.winners is not None:
         return kernels.max_pool_backward(grad, stage.winners, stage.pending)
     return kernels.activate_backward(grad, stage.pending)
@@ -264,8 +268,8 @@ def _convolution_gradients(
     return grad, None if before.scale is None else sums, of_weight
 
 
-def _bias_gradient(layer: Layer, raw: Tensor | PendingGradient, of_bn_bias: Tensor) -> Tensor:
-    if not layer.activation_first:
+def _bias_gradient(layer: Layer, raw: Tensor | PendingGradient, of_bn_bias: Tensor | None) -> Tensor:
+    if of_bn_bias is not None and not layer.activation_first:
         if layer.batch_statistics:  # subtracting the mean cancels a bias
             return torch.zeros_like(of_bn_bias)
         if layer.batch_statistics is None:

@@ -43,6 +43,11 @@ class Layer:
     """Of the convolution, where there is no choice to be made."""
 
     @property
+    def is_bare(self) -> bool:
+        """Whether nothing follows the convolution."""
+        return self.batch_statistics is None and self.negative_slope == 1.0 and not self.max_pool
+
+    @property
     def tensors(self) -> Tensors:
         return Tensors(self.weight, self.bias, self.bn_weight, self.bn_bias)
 

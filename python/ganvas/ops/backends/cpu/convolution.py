@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ganvas.ops import tuning
 from ganvas.ops.backends.cpu import stride2, winograd
+from ganvas.ops.backends.cpu.kernels import LEAST_CHANNELS
 from ganvas.ops.backends.cpu.precision import multiplied_as
 from ganvas.ops.backends.trial import Direction, trial
 from ganvas.ops.convolution import Geometry
@@ -66,7 +67,16 @@ class NativeConvolution:
 def native_convolution(
     geometry: Geometry, weight: Tensor, input_shape: torch.Size, dtype: torch.dtype
 ) -> NativeConvolution | None:
-    """The kernels of this convolution, or None where there are none; ``dtype`` plays no part."""
+    """The kernels of this convolution, or None where there are none or channels are few; ``dtype`` plays no part."""
+    return _native_convolution(geometry, weight, input_shape) if _is_wide(weight.shape) else None
+
+
+def _is_wide(weight: torch.Size) -> bool:
+    """Whether the products outweigh the transforms: of fewer channels only measuring can tell."""
+    return min(weight[:2]) >= LEAST_CHANNELS
+
+
+def _native_convolution(geometry: Geometry, weight: Tensor, input_shape: torch.Size) -> NativeConvolution | None:
     if winograd.takes(geometry, weight, input_shape):
         return NativeConvolution(winograd, geometry)
     kind = _stride2_kind(geometry, weight, input_shape)
@@ -94,19 +104,19 @@ def chosen_convolution(
     try:
         return tuning.decisions[key]
     except KeyError:
-        chosen = native_convolution(geometry, weight, input_shape, dtype)
-        if chosen is not None and tuning.applies(key[4]) and not _native_is_faster(chosen, *key):
-            chosen = None
-        return tuning.decided(key, chosen)
+        native = _native_convolution(geometry, weight, input_shape)
+        return tuning.decided(key, native if native is not None and _native_is_faster(native, *key) else None)
 
 
 def _native_is_faster(
     native: NativeConvolution, geometry: Geometry, weight: torch.Size, input: torch.Size, dtype: torch.dtype,
     threads: int, direction: Direction, products: str,
 ) -> bool:  # fmt: skip
+    if not tuning.applies(threads):
+        return _is_wide(weight)
     output = geometry.output_shape(input, weight)
     if _multiplications(geometry, weight, input) < _LEAST_MULTIPLICATIONS:
-        return not native.folds_weight and output.numel() >= 16 * output[1]
+        return _is_wide(weight) and not native.folds_weight and output.numel() >= 16 * output[1]
     shape = _representative(geometry, weight, input, threads)
     batch, channels, height, width = shape
     case = tuning.Case(direction, native.name, products, "cpu", threads, batch, channels, output[1], height, width)

@@ -68,11 +68,11 @@ def conv3x3(input_shape: torch.Size) -> Convolution | None:
 
 
 def takes(kind: Convolution, weight: Tensor, input_shape: torch.Size) -> bool:
-    """Whether the kernels do this convolution, and faster than torch."""
+    """Whether the kernels do this convolution."""
     side = 3 if kind.value.rows else 4
     return (
         weight.shape[2:] == (side, side)
-        and min(weight.shape[:2]) >= LEAST_CHANNELS
+        and max(weight.shape[:2]) >= LEAST_CHANNELS
         and min(input_shape[2:]) >= (1 if kind.value.transposed else 2)
     )
 

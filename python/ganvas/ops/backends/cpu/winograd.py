@@ -22,14 +22,14 @@ _KERNELS = Kernels(
 
 
 def takes(geometry: Geometry, weight: Tensor, input_shape: torch.Size) -> bool:
-    """Whether the kernels do this convolution, and faster than torch."""
+    """Whether the kernels do this convolution."""
     out_channels, in_channels, *kernel = weight.shape
     padding = geometry.padding
     return (
         kernel == [3, 3]
         and geometry == Geometry(padding=padding)
         and padding[0] == padding[1] <= 2
-        and min(in_channels, out_channels) >= LEAST_CHANNELS
+        and max(in_channels, out_channels) >= LEAST_CHANNELS
         and min(input_shape[2:]) + 2 * padding[0] >= 3
     )
 
