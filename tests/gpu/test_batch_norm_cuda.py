@@ -69,7 +69,12 @@ class Layer:
 
 def compare_with_torch(accuracy, layer: Layer) -> None:
     ours, torchs = layer.run("cuda"), layer.run("reference")
-    exact, torchs_exact = (layer.run("reference", torch.float64, layer.kink(results)) for results in (ours, torchs))
+    kink, torchs_kink = layer.kink(ours), layer.kink(torchs)
+    if layer.options.get("order") != "conv_act_bn":
+        # The kernel's side is that of a value that it did not round: float16 may have made a 0 of it.
+        straight = layer.run("reference", torch.float64, torch.ones_like(kink))[0]
+        kink |= (ours[0] == 0) & (straight > 0)
+    exact, torchs_exact = (layer.run("reference", torch.float64, sides) for sides in (kink, torchs_kink))
     names = ["output", "grad_input", "grad_weight", "grad_bias", *["grad_residual"][: len(layer.leaves) - 3]]
     for i, name in enumerate([*names, "running_mean", "running_var"]):
         # Sums over all pixels may cancel: each of their terms is about as large as a pixel's gradient.

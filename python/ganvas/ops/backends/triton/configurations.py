@@ -42,7 +42,7 @@ _WIDE: _Sizes = (
     (128, 64, 64, 8, 3),
     (128, 64, 32, 4, 4, ALL_REGISTERS),
     (64, 64, 64, 4, 3, ALL_REGISTERS),
-    (64, 32, 64, 4, 4),
+    (64, 32, 64, 4, 4, ALL_REGISTERS),
 )
 _NARROW: _Sizes = (
     (128, 64, 64, 8, 3),
@@ -51,19 +51,19 @@ _NARROW: _Sizes = (
     (256, 64, 32, 8, 3),
     (64, 64, 64, 4, 3, ALL_REGISTERS),
     (64, 64, 32, 4, 3),
-    (64, 32, 64, 4, 4),
+    (64, 32, 64, 4, 4, ALL_REGISTERS),
 )
 _TF32_WIDE: _Sizes = (
     (128, 64, 32, 8, 3),
     (64, 128, 32, 8, 3),
     (64, 64, 32, 4, 3, ALL_REGISTERS),
-    (64, 32, 32, 4, 4),
+    (64, 32, 32, 4, 4, ALL_REGISTERS),
 )
 _TF32_NARROW: _Sizes = (
     (128, 64, 32, 8, 3),
     (128, 64, 32, 8, 1),
     (64, 64, 32, 4, 3, ALL_REGISTERS),
-    (64, 32, 32, 4, 4),
+    (64, 32, 32, 4, 4, ALL_REGISTERS),
 )
 _SCATTERED: _Sizes = (  # channels that are read or written one or two at a time, each by an address of its own
     (64, 64, 32, 8, 1),
