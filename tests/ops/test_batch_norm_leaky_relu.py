@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -43,7 +43,11 @@ def forward_and_gradients(function, inputs, grad_output):
 
 
 def magnitudes(x, weight, grad_output, running, *, training, groups, eps):
-    """How large the terms are of which the gradients are sums that may cancel."""
+    """How large the terms are of which the gradients are sums that may cancel.
+
+    Those of the weight's are products of numbers that are rounded themselves: once more as much. Of two terms torch may
+    by chance have rounded neither.
+    """
     axes = [0, *range(2, x.dim())]
     mean, var = (None, None) if training else (value.double() for value in running)
     ones = torch.ones(x.shape[1], dtype=torch.float64)
@@ -56,7 +60,7 @@ def magnitudes(x, weight, grad_output, running, *, training, groups, eps):
         scale = scale / x.detach().var(axes, keepdim=True, unbiased=False).add(eps).sqrt()
     return {
         "grad_input": scale * (grad + normalised.detach().abs()),
-        "grad_weight": (grad * normalised.detach().abs()).sum(axes),
+        "grad_weight": 2 * (grad * normalised.detach().abs()).sum(axes),
         "grad_bias": grad.sum(axes),
     }
 
@@ -118,6 +122,10 @@ def compare_with_torch(accuracy, x, *, training=True, groups=1, negative_slope=0
     mean=st.sampled_from([0.0, 5.0]),
     seed=st.integers(0, 2**31),
 )
+@example(
+    batch=2, channels=1, height=1, width=1, groups=1, order="conv_act_bn", dtype=torch.float32, negative_slope=0.01,
+    training=True, mean=0.0, seed=1,
+)  # fmt: skip
 def test_random_shapes_are_as_accurate_as_torch(
     accuracy, batch, channels, height, width, groups, order, dtype, negative_slope, training, mean, seed
 ):
