@@ -54,13 +54,13 @@ _NARROW: _Sizes = (
     (64, 32, 64, 4, 4, ALL_REGISTERS),
 )
 _TF32_WIDE: _Sizes = (
-    (128, 64, 32, 8, 3, ALL_REGISTERS),
-    (64, 128, 32, 8, 3),
+    (128, 64, 32, 8, 3),
+    (64, 128, 32, 8, 3, ALL_REGISTERS),
     (64, 64, 32, 4, 3, ALL_REGISTERS),
     (64, 32, 32, 4, 4, ALL_REGISTERS),
 )
 _TF32_NARROW: _Sizes = (
-    (128, 64, 32, 8, 3, ALL_REGISTERS),
+    (128, 64, 32, 8, 3),
     (128, 64, 32, 8, 1),
     (64, 64, 32, 4, 3, ALL_REGISTERS),
     (64, 32, 32, 4, 4, ALL_REGISTERS),
