@@ -123,7 +123,7 @@ def _fitted(
     if dtype is torch.float32:
         pixels //= 2
     whole_vectors = vector(dtype.itemsize, in_channels, out_channels) * dtype.itemsize == 16
-    most_registers = None if whole_vectors and programs * num_warps > 8 else ALL_REGISTERS
+    most_registers = None if whole_vectors and num_warps > 4 else ALL_REGISTERS
     return Configuration(block_taps, block_in, block_out, pixels, num_warps, num_stages, programs, most_registers)
 
 
