@@ -15,7 +15,7 @@ from torch import nn
 from training_helpers import Recorder, SignalAt, assert_same_results
 
 from ganvas.models import checks
-from ganvas.training import Interrupted, autoencoder, classifier, gan, run
+from ganvas.training import Interrupted, preparation, run
 from ganvas.training.faults import TrainingFault
 from ganvas.training.metrics_log import read_metrics
 from ganvas.training.optimizers import scale_learning_rates
@@ -240,8 +240,7 @@ def taped(monkeypatch):
         tapes.append(OperatorTape(*arguments))
         return tapes[-1]
 
-    for module in (gan, classifier, autoencoder):
-        monkeypatch.setattr(module, "cuda_recorder", recorder)
+    monkeypatch.setattr(preparation, "cuda_recorder", recorder)
     monkeypatch.setattr(Job, "capturable", True)
     return tapes
 

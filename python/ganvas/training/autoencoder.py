@@ -14,12 +14,12 @@ from ganvas.training.averages import Averages
 from ganvas.training.config import AutoencoderConfig
 from ganvas.training.grids import save_grid
 from ganvas.training.memory import kept_memory
-from ganvas.training.optimizers import make_optimizer
+from ganvas.training.optimizers import descend, make_optimizer
 from ganvas.training.preparation import build_model, given_model, prepare
 from ganvas.training.progress import ProgressDisplay, make_progress
 from ganvas.training.random_state import RandomState, reproducible
 from ganvas.training.run import TrainingRun
-from ganvas.training.step_graph import StepGraph, cuda_recorder
+from ganvas.training.step_graph import StepGraph
 
 
 def train_autoencoder(
@@ -64,17 +64,13 @@ def train_autoencoder(
             with job.autocast():
                 reconstructed = network(images)
             loss = F.mse_loss(reconstructed.float(), images)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            if config.gradient_clip is not None:
-                nn.utils.clip_grad_norm_(network.parameters(), config.gradient_clip)
-            optimizer.step()
+            descend(loss, network, optimizer, config.gradient_clip)
             return {"train/loss": loss}
 
         averages = Averages(device)
         take_step = StepGraph(
             step,
-            cuda_recorder(device) if config.cuda_graph else None,
+            job.recorder(),
             modules=(network,),
             optimizers=(optimizer,),
             averages=averages,

@@ -15,12 +15,12 @@ from ganvas.metrics import ClassificationMetrics, evaluate_classifier
 from ganvas.training.averages import Averages
 from ganvas.training.config import ClassifierConfig
 from ganvas.training.memory import kept_memory
-from ganvas.training.optimizers import make_optimizer
+from ganvas.training.optimizers import descend, make_optimizer
 from ganvas.training.preparation import BuiltModel, Job, build_model, given_model, prepare
 from ganvas.training.progress import ProgressDisplay, make_progress
 from ganvas.training.random_state import RandomState, reproducible
 from ganvas.training.run import TrainingRun
-from ganvas.training.step_graph import StepGraph, cuda_recorder
+from ganvas.training.step_graph import StepGraph
 from ganvas.training.views import measured_network
 
 
@@ -86,17 +86,13 @@ def train_classifier(
             with job.autocast():
                 logits = network(images)
             loss = F.cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            if config.gradient_clip is not None:
-                nn.utils.clip_grad_norm_(network.parameters(), config.gradient_clip)
-            optimizer.step()
+            descend(loss, network, optimizer, config.gradient_clip)
             return {"train/loss": loss, "train/accuracy": _accuracy(logits, labels)}
 
         averages = Averages(device)
         take_step = StepGraph(
             step,
-            cuda_recorder(device) if config.cuda_graph else None,
+            job.recorder(),
             modules=(network,),
             optimizers=(optimizer,),
             averages=averages,

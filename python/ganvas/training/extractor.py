@@ -20,7 +20,7 @@ from ganvas import models
 from ganvas.data import BatchLoader
 from ganvas.metrics import ClassifierFeatures, evaluate_classifier
 from ganvas.training.autoencoder import reconstruction_error
-from ganvas.training.optimizers import make_optimizer
+from ganvas.training.optimizers import descend, make_optimizer
 from ganvas.training.run_folder import RunFolder
 
 WEIGHTS = "extractor"
@@ -128,9 +128,6 @@ def _train_or_load(
     network.train()
     for epoch in range(epochs):
         for images, labels in loader.epoch(epoch):
-            loss = loss_of(images, labels)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
+            descend(loss_of(images, labels), network, optimizer)
             schedule.step()
     folder.save_weights(WEIGHTS, network, epochs=epochs)

@@ -19,13 +19,13 @@ from ganvas.training.faults import Detector, DiversityCollapse, StuckDiscriminat
 from ganvas.training.gan_steps import AveragedGenerator, discriminate_pair, frozen
 from ganvas.training.grids import grid_labels, save_grid
 from ganvas.training.memory import kept_memory
-from ganvas.training.optimizers import make_optimizer
+from ganvas.training.optimizers import descend, make_optimizer
 from ganvas.training.preparation import BuiltModel, Job, build_model, given_model, prepare
 from ganvas.training.progress import ProgressDisplay, make_progress
 from ganvas.training.quality import GeneratorQuality, classification_score, reference_set
 from ganvas.training.random_state import RandomState, reproducible
 from ganvas.training.run import TrainingRun
-from ganvas.training.step_graph import StepGraph, cuda_recorder
+from ganvas.training.step_graph import StepGraph
 
 # A critic's score has no threshold at which it would be right or wrong, and a relativistic logit only a relative one.
 _KINDS_WITHOUT_ACCURACY = ("wgan", "relativistic")
@@ -100,10 +100,7 @@ def _train(
         if penalises:
             # Seldom, so with all the more weight (Karras et al. 2020, appendix B).
             loss = loss + r1_penalty(real_logits, real, config.r1_gamma * config.r1_every)
-        discriminator_optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        _clip(discriminator, config.gradient_clip)
-        discriminator_optimizer.step()
+        descend(loss, discriminator, discriminator_optimizer, config.gradient_clip)
 
         if updates_generator:
             with frozen(discriminator):
@@ -113,10 +110,7 @@ def _train(
                     else:
                         fake_logits = discriminator(fake) if labels is None else discriminator(fake, labels)
                 loss = generator_loss(fake_logits.float(), real_logits.float())
-                generator_optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-            _clip(generator, config.gradient_clip)
-            generator_optimizer.step()
+                descend(loss, generator, generator_optimizer, config.gradient_clip)
             averaged.update_parameters(generator)
             values["train/generator_loss"] = loss
         return values
@@ -124,7 +118,7 @@ def _train(
     averages = Averages(device)
     take_step = StepGraph(
         step,
-        cuda_recorder(device, noise) if config.cuda_graph else None,
+        job.recorder(noise),
         modules=(generator, discriminator, averaged),
         optimizers=(generator_optimizer, discriminator_optimizer),
         averages=averages,
@@ -194,11 +188,6 @@ def _detectors(config: GANConfig) -> list[Detector]:
 
 def _named(metrics: Any) -> dict[str, Tensor]:
     return {f"train/{name}": value for name, value in metrics._asdict().items()}
-
-
-def _clip(network: nn.Module, bound: float | None) -> None:
-    if bound is not None:
-        nn.utils.clip_grad_norm_(network.parameters(), bound)
 
 
 class _Evaluation:

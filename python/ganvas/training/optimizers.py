@@ -61,6 +61,15 @@ def make_optimizer(
     return recordable(groups, cycled_momentum=cycled_momentum, **options)
 
 
+def descend(loss: torch.Tensor, module: nn.Module, optimizer: Optimizer, gradient_clip: float | None = None) -> None:
+    """A step of ``module``'s optimiser along the gradients of ``loss``, of a norm of at most ``gradient_clip``."""
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    if gradient_clip is not None:
+        nn.utils.clip_grad_norm_(module.parameters(), gradient_clip)
+    optimizer.step()
+
+
 def _fastest(parameters: Iterable[torch.Tensor]) -> dict[str, Any]:
     """One fused kernel for all parameters where torch has one, otherwise its multi-tensor form."""
     fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)

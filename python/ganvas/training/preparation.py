@@ -24,6 +24,7 @@ from ganvas.training.presets import with_presets
 from ganvas.training.progress import ProgressDisplay
 from ganvas.training.random_state import choose_device
 from ganvas.training.run_folder import RunFolder, RunFolderError
+from ganvas.training.step_graph import CudaRecorder, cuda_recorder
 
 EVALUATION_BATCH = 500
 """Images a forward without gradients takes at once."""
@@ -53,6 +54,10 @@ class Job(Generic[Config]):
         """Whether optimisers are made for CUDA graphs: on a GPU in any case, so that the numbers are the same without
         them."""
         return self.device.type == "cuda"
+
+    def recorder(self, *generators: torch.Generator) -> CudaRecorder | None:
+        """What records steps that draw from ``generators``; None where they are run as they are."""
+        return cuda_recorder(self.device, *generators) if self.config.cuda_graph else None
 
     def training_loader(self, augmentation: Augmentation | None = None) -> BatchLoader:
         """Shuffled whole batches: batch normalisation cannot train on a last batch of one image."""
