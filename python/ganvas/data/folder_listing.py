@@ -71,6 +71,7 @@ def images_by_class(folder: Path, flat_name: str) -> ImagesByClass:
 
 
 def class_folders(folder: Path) -> list[Path]:
+    """The folders in ``folder`` that are not hidden, by name."""
     return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
@@ -104,4 +105,5 @@ def hash_position(relative_path: str) -> float:
 
 
 def with_labels(images: ImagesByClass, class_names: tuple[str, ...]) -> tuple[tuple[Path, int], ...]:
+    """Every image with its class's number, class by class."""
     return tuple((path, label) for label, name in enumerate(class_names) for path in images.get(name, []))

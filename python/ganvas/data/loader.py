@@ -197,6 +197,7 @@ def derive_seed(seed: int, *key: int) -> int:
 
 
 def generator_for(seed: int, *key: int) -> torch.Generator:
+    """A CPU generator of its own for each key: see :func:`derive_seed`."""
     return torch.Generator().manual_seed(derive_seed(seed, *key))
 
 

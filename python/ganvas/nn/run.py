@@ -141,6 +141,7 @@ def _split(input: Tensor, statistics_groups: int) -> tuple[Tensor, ...]:
 
 
 def negative_slope_of(activation: nn.Module | None) -> float:
+    """Of the LeakyReLU that ``activation`` (one of :data:`ACTIVATIONS`, or None) is: 0 for ReLU, 1 for none."""
     if activation is None:
         return 1.0
     return activation.negative_slope if type(activation) is nn.LeakyReLU else 0.0

@@ -11,7 +11,7 @@ from torch import Tensor
 from ganvas import _native as native
 from ganvas.ops.backends.arguments import address, float32
 from ganvas.ops.backends.cpu.arguments import dtype_of, empty, rows
-from ganvas.ops.backends.cpu.precision import multiplied_as
+from ganvas.ops.backends.cpu.precision import rounds_float32
 from ganvas.ops.pending import Pending, statistics
 
 LEAST_CHANNELS = 16  # below, the transforms outweigh the products that they save
@@ -96,4 +96,4 @@ def _input_arguments(padding: int, input: Pending, weight: Tensor, groups: int) 
 
 def _products(stored: Tensor) -> tuple[native.Dtype, bool]:
     """The pixels' dtype, and whether products may be of 16-bit integers, which are finer than bfloat16."""
-    return dtype_of(stored), multiplied_as(stored.dtype) != "float32"
+    return dtype_of(stored), stored.dtype is not torch.float32 or rounds_float32()
