@@ -22,7 +22,8 @@ from shapes import ACTIVATIONS, CHAINS, LOGITS, UPSAMPLED, MapShape
 from timing import Timing, interleaved
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-STEPS = (("cnn_32_64", 128), ("resnet", 128), ("mlp_conv_gan", 128), ("dcgan", 128))
+STEPS = (("cnn_32_64", 128), ("resnet", 128), ("resnet20", 128), ("mlp_conv_gan", 128), ("dcgan", 128))
+INFERENCE = tuple((model, batch) for model in ("cnn_32_64", "resnet", "resnet20") for batch in (1, 128))
 
 
 def main() -> None:
@@ -114,7 +115,7 @@ def chains(name: str, dtype: torch.dtype, arguments: argparse.Namespace) -> Iter
 
 
 def steps(name: str, dtype: torch.dtype, arguments: argparse.Namespace) -> Iterator[str]:
-    """Whole training steps of the models in the registry."""
+    """Whole training steps of the registry's models, and of a ResNet-20 that was converted."""
     yield f"Training steps, {name}\n"
     peers = ["eager"] if arguments.no_compile else ["eager", "compile"]
     yield _header(["model"], [f"step vs {peer}" for peer in peers], ["ganvas images/s"])
@@ -124,6 +125,20 @@ def steps(name: str, dtype: torch.dtype, arguments: argparse.Namespace) -> Itera
             step = _time(work.step, arguments)
             rate = batch / step["ganvas"].seconds
             yield _row([work.name], [_ratio(step, peer) for peer in peers], [f"{rate:.0f}"])
+
+
+def inference(name: str, dtype: torch.dtype, arguments: argparse.Namespace) -> Iterator[str]:
+    """Classifiers in evaluation mode, one image and many."""
+    yield f"Inference, {name}; torch.compile with freezing\n"
+    peers = ["eager"] if arguments.no_compile else ["eager", "compile"]
+    yield _header(["model"], [f"vs {peer}" for peer in peers], ["ganvas ms"])
+    for model, batch in INFERENCE:
+        if arguments.shape in (None, model):
+            torch.compiler.reset()
+            work = workloads.inference(model, batch, dtype, compiled=not arguments.no_compile)
+            timings = _time(work.forward, arguments)
+            milliseconds = timings["ganvas"].seconds * 1e3
+            yield _row([work.name], [_ratio(timings, peer) for peer in peers], [f"{milliseconds:.2f}"])
 
 
 def memory(name: str, dtype: torch.dtype, arguments: argparse.Namespace) -> Iterator[str]:
@@ -178,7 +193,7 @@ def _row(left: list[str], middle: list[str], right: list[str]) -> str:
     return "| " + " | ".join([*left, *middle, *right]) + " |"
 
 
-SUITES = {"norm": norm, "loss": loss, "chains": chains, "steps": steps, "memory": memory}
+SUITES = {"norm": norm, "loss": loss, "chains": chains, "steps": steps, "inference": inference, "memory": memory}
 
 if __name__ == "__main__":
     main()

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ganvas
+from cifar_resnet import CifarResNet
 from ganvas.training.gan_steps import discriminate_pair, frozen
 from shapes import CONVOLUTIONS, LayerShape, MapShape
 
@@ -224,19 +225,65 @@ def _network(name: str, layers: list[nn.Module], shape: MapShape, dtype: torch.d
 
 
 def training_step(name: str, batch: int, dtype: torch.dtype, *, compiled: bool) -> Work:
-    """A whole step of a model in the registry: classifier or GAN (one D and one G step), Adam, batch in memory."""
+    """A whole step of a model: classifier or GAN (one D and one G step), Adam, batch in memory."""
     torch.manual_seed(0)
-    size, channels = (28, 1) if name == "mlp_conv_gan" else (64, 3) if name == "dcgan" else (32, 3)
-    networks = registered_networks(name, size=size, channels=channels)
-    plain = plain_networks(networks)
-    candidates = {"eager": plain, "ganvas": networks}
+    candidates = _networks(name)
     if compiled:
-        candidates["compile"] = [torch.compile(network) for network in copy.deepcopy(plain)]
-    images = torch.randn(batch, channels, size, size).contiguous(memory_format=torch.channels_last)
-    labels = torch.arange(batch) % 10 if len(networks) == 1 else None
+        candidates["compile"] = [torch.compile(network) for network in copy.deepcopy(candidates["eager"])]
+    images = _images(name, batch)
+    labels = torch.arange(batch) % 10 if len(candidates["ganvas"]) == 1 else None
     steps = {label: TrainingStep(candidate, dtype) for label, candidate in candidates.items()}
     calls: dict[str, Call] = {label: functools.partial(step, images, labels) for label, step in steps.items()}
-    return Work(f"{name} {size}x{size} batch {batch}", {}, calls)
+    return Work(_title(name, batch), {}, calls)
+
+
+def inference(name: str, batch: int, dtype: torch.dtype, *, compiled: bool) -> Work:
+    """A classifier in evaluation mode; ``torch.compile`` may fold its weights (``freezing``)."""
+    torch.manual_seed(0)
+    networks = {label: network.eval() for label, (network,) in _networks(name).items()}
+    if compiled:
+        networks["compile"] = torch.compile(copy.deepcopy(networks["eager"]), options={"freezing": True})
+    images = _images(name, batch)
+
+    def inference_of(network: nn.Module) -> Call:
+        def call() -> None:
+            with torch.inference_mode(), autocast("cpu", dtype):
+                network(images)
+
+        return call
+
+    return Work(_title(name, batch), {label: inference_of(network) for label, network in networks.items()}, {})
+
+
+def autocast(device: str, dtype: torch.dtype) -> torch.autocast:
+    """To ``dtype``, none to float32."""
+    return torch.autocast(device, dtype, enabled=dtype is not torch.float32)
+
+
+def _size_and_channels(name: str) -> tuple[int, int]:
+    return (28, 1) if name == "mlp_conv_gan" else (64, 3) if name == "dcgan" else (32, 3)
+
+
+def _title(name: str, batch: int) -> str:
+    size, _ = _size_and_channels(name)
+    return f"{name} {size}x{size} batch {batch}"
+
+
+def _images(name: str, batch: int) -> Tensor:
+    size, channels = _size_and_channels(name)
+    return torch.randn(batch, channels, size, size).contiguous(memory_format=torch.channels_last)
+
+
+def _networks(name: str) -> dict[str, list[nn.Module]]:
+    """Of a model in the registry, or ``resnet20``, which is written in torch and converted."""
+    if name == "resnet20":
+        plain = CifarResNet(blocks=3, width=16).to(memory_format=torch.channels_last)
+        converted = copy.deepcopy(plain)
+        ganvas.convert(converted)
+        return {"eager": [plain], "ganvas": [converted]}
+    size, channels = _size_and_channels(name)
+    networks = registered_networks(name, size=size, channels=channels)
+    return {"eager": plain_networks(networks), "ganvas": networks}
 
 
 def registered_networks(name: str, **options: Any) -> list[nn.Module]:
@@ -278,11 +325,8 @@ class TrainingStep:
     def __call__(self, images: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
         return self._take(images, labels)
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self._device.type, self._dtype, enabled=self._dtype is not torch.float32)
-
     def _classifier(self, images: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
-        with self._autocast():
+        with autocast(self._device.type, self._dtype):
             loss = F.cross_entropy(self.networks[0](images), labels)
         self._update(0, loss)
         return {"loss": loss}
@@ -290,14 +334,14 @@ class TrainingStep:
     def _gan(self, real: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
         generator, discriminator = self.networks
         given = () if labels is None else (labels,)
-        with self._autocast():
+        with autocast(self._device.type, self._dtype):
             fake = generator(torch.randn(len(real), 100, device=self._device), *given)
             # Plain networks know no statistics groups: two forwards, as one writes it in torch.
             logits = discriminate_pair(discriminator, real, fake.detach().to(real.dtype), labels)
             loss = ganvas.ops.discriminator_loss(*logits, backend=self._loss_backend)
         self._update(1, loss)
         with frozen(discriminator):
-            with self._autocast():
+            with autocast(self._device.type, self._dtype):
                 of_generator = ganvas.ops.generator_loss(discriminator(fake, *given), backend=self._loss_backend)
             self._update(0, of_generator)
         return {"discriminator_loss": loss, "generator_loss": of_generator}

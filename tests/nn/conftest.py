@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parent))  # for networks.py
+here = Path(__file__).parent
+sys.path[:0] = [str(here), str(here.parents[1] / "benchmarks")]  # for networks.py and cifar_resnet.py
 
 
 @dataclass

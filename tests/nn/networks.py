@@ -104,53 +104,6 @@ class ResNet(nn.Module):
         return self._forward_impl(x)
 
 
-class CifarBlock(nn.Module):
-    """In the manner of the small CIFAR networks: F.relu, a shortcut that may be an empty Sequential."""
-
-    def __init__(self, in_channels: int, width: int, stride: int):
-        super().__init__()
-        self.conv1 = conv3x3(in_channels, width, stride)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = conv3x3(width, width)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.shortcut = nn.Sequential()
-        if stride != 1:
-            self.shortcut = nn.Sequential(conv1x1(in_channels, width, stride), nn.BatchNorm2d(width))
-
-    def forward(self, x):
-        out = F.relu(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out))
-        out += self.shortcut(x)
-        out = F.relu(out)
-        return out
-
-
-class CifarResNet(nn.Module):
-    def __init__(self, blocks: int = 1, width: int = 8):
-        super().__init__()
-        self.conv1 = conv3x3(3, width)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.layer1 = self._layer(width, width, blocks, 1)
-        self.layer2 = self._layer(width, 2 * width, blocks, 2)
-        self.layer3 = self._layer(2 * width, 4 * width, blocks, 2)
-        self.linear = nn.Linear(4 * width, 10)
-
-    @staticmethod
-    def _layer(in_channels: int, width: int, blocks: int, stride: int) -> nn.Sequential:
-        return nn.Sequential(
-            CifarBlock(in_channels, width, stride), *(CifarBlock(width, width, 1) for _ in range(1, blocks))
-        )
-
-    def forward(self, x):
-        out = F.relu(self.bn1(self.conv1(x)))
-        out = self.layer1(out)
-        out = self.layer2(out)
-        out = self.layer3(out)
-        out = F.avg_pool2d(out, out.size()[3])
-        out = out.view(out.size(0), -1)
-        return self.linear(out)
-
-
 class TimmBlock(nn.Module):
     """In the manner of timm: places for modules that are an Identity or None most of the time."""
 

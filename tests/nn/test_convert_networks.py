@@ -10,7 +10,6 @@ import torch
 from networks import (
     BasicBlock,
     Bottleneck,
-    CifarResNet,
     Generator,
     MobileNet,
     PreActivationNet,
@@ -19,13 +18,14 @@ from networks import (
 )
 from torch import nn
 
+from cifar_resnet import CifarResNet
 from ganvas.nn import convert, revert
 
 # the network, its input's shape, and how its runs end: (number of runs, of them with a residual)
 NETWORKS = {
     "torchvision, basic": (lambda: ResNet(BasicBlock, (2, 2)), (6, 3, 32, 32), 10, 4),
     "torchvision, bottleneck": (lambda: ResNet(Bottleneck, (1, 2)), (6, 3, 32, 32), 12, 3),
-    "cifar": (lambda: CifarResNet(blocks=2), (6, 3, 16, 16), 15, 6),
+    "cifar": (lambda: CifarResNet(blocks=2, width=8), (6, 3, 16, 16), 15, 6),
     "timm": (lambda: TimmResNet(drop_rate=0.3), (6, 3, 32, 32), 9, 3),
     "mobilenet": (MobileNet, (6, 3, 8, 8), 7, 2),
     "pre-activation": (PreActivationNet, (6, 3, 8, 8), 5, 0),
@@ -78,7 +78,7 @@ def test_float64_is_plain_torch_bit_for_bit(step, network, training):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_training_step_is_as_accurate_as_torchs(step, assert_as_accurate, dtype):
-    model = CifarResNet(width=8).to(dtype)
+    model = CifarResNet(1, 8).to(dtype)
     plain, exact = copy.deepcopy(model), copy.deepcopy(model).double()
     convert(model)
     x = torch.randn(8, 3, 16, 16).to(dtype)
@@ -111,7 +111,7 @@ def test_what_a_layer_is_made_of_stands_in_the_report():
     text = str(convert(ResNet(BasicBlock, (2, 2))))
     assert re.search(r"layer1.0.conv2, layer1.0.bn2, layer1.0.relu +Conv2d \+ BatchNorm2d \+ add \+ ReLU\n", text)
     assert re.search(r"layer2.0.downsample.0, layer2.0.downsample.1 +Conv2d \+ BatchNorm2d\n", text)
-    text = str(convert(CifarResNet()))
+    text = str(convert(CifarResNet(1, 8)))
     assert re.search(r"layer1.0.conv2, layer1.0.bn2 +Conv2d \+ BatchNorm2d \+ add \+ relu\n", text)
 
 
@@ -189,7 +189,7 @@ def test_a_block_that_cannot_be_traced_is_called_by_what_surrounds_it():
 
 
 def test_converting_a_part_first_and_then_the_whole():
-    model, at_once = CifarResNet(), CifarResNet()
+    model, at_once = CifarResNet(1, 8), CifarResNet(1, 8)
     convert(model.layer1[0])
     convert(model)
     report = convert(at_once)

@@ -6,11 +6,11 @@ import copy
 import io
 import pickle
 
-import networks
 import pytest
 import torch
 from torch import nn
 
+from cifar_resnet import CifarResNet
 from ganvas.nn import ConvBNLeakyReLU, FusedSequential, convert, statistics_groups
 
 
@@ -151,7 +151,7 @@ def _wide() -> FusedSequential:
 
 
 def _residual() -> nn.Module:
-    model = networks.CifarResNet(width=16)
+    model = CifarResNet(1, 16)
     convert(model)
     return model
 

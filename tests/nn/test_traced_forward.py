@@ -12,10 +12,11 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import BasicBlock, CifarBlock, CifarResNet, TimmBlock
+from networks import BasicBlock, TimmBlock
 from torch import nn
 from torch.nn.utils import parametrize
 
+from cifar_resnet import CifarBlock, CifarResNet
 from ganvas.nn import convert, revert, statistics_groups
 from ganvas.nn.traced_forward import TracedForward
 
@@ -38,7 +39,7 @@ def assert_as_plain(model: nn.Module, x: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_copies_are_independent_and_run_fused_themselves(clone):
-    model = converted(CifarResNet())
+    model = converted(CifarResNet(1, 8))
     copied = clone(model)
     assert type(copied) is CifarResNet
     assert isinstance(copied.forward, TracedForward)
@@ -51,7 +52,7 @@ def test_copies_are_independent_and_run_fused_themselves(clone):
 
 
 def test_a_copys_gradients_and_statistics_are_its_own():
-    model = converted(CifarResNet())
+    model = converted(CifarResNet(1, 8))
     statistics = model.bn1.running_mean.clone()
     copied = copy.deepcopy(model)
     copied(X).sum().backward()
@@ -61,7 +62,7 @@ def test_a_copys_gradients_and_statistics_are_its_own():
 
 
 def test_state_dicts_pass_between_converted_and_plain():
-    model, plain = converted(CifarResNet()), CifarResNet()
+    model, plain = converted(CifarResNet(1, 8)), CifarResNet(1, 8)
     file = io.BytesIO()
     torch.save(model.state_dict(), file)
     file.seek(0)
@@ -70,7 +71,7 @@ def test_state_dicts_pass_between_converted_and_plain():
 
 
 def test_a_converted_model_dies_with_its_last_reference():
-    model = converted(CifarResNet())
+    model = converted(CifarResNet(1, 8))
     model(X)
     alive = weakref.ref(model)
     gc.disable()
@@ -103,7 +104,7 @@ HOOKS = ["register_forward_hook", "register_forward_pre_hook", "register_full_ba
     "name", ["conv1", "bn1", "layer1", "layer1.0", "layer1.0.bn2", "layer2.0.shortcut.1", "linear"]
 )
 def test_hooks_added_later_fire(name, register):
-    model, fired = converted(CifarResNet()), []
+    model, fired = converted(CifarResNet(1, 8)), []
     model(X)
     handle = getattr(model.get_submodule(name), register)(lambda *_: fired.append(name))
     model(X).sum().backward()
@@ -124,13 +125,13 @@ def test_a_hook_on_an_identity_or_on_a_shared_activation_fires():
 
 
 def test_a_hooks_output_replaces_the_blocks():
-    model = converted(CifarResNet())
+    model = converted(CifarResNet(1, 8))
     model.layer3.register_forward_hook(lambda module, inputs, output: torch.zeros_like(output))
     torch.testing.assert_close(model(X), model.linear.bias.expand(4, -1))
 
 
 def test_global_hooks_see_what_they_see_in_plain_torch():
-    model = converted(CifarResNet())
+    model = converted(CifarResNet(1, 8))
     plain = plain_twin(model)
     seen: list[list[type]] = []
     for one in (model, plain):
@@ -146,7 +147,7 @@ def test_global_hooks_see_what_they_see_in_plain_torch():
 
 @pytest.mark.parametrize("name", ["bn1", "layer2.0.shortcut.1"])
 def test_statistics_follow_the_mode(name):
-    model = converted(CifarResNet())
+    model = converted(CifarResNet(1, 8))
     mean = model.get_submodule(name).running_mean
     before = mean.clone()
     model.eval()(X)
@@ -205,13 +206,13 @@ def test_a_child_that_appears_is_called():
 
 
 def test_a_new_head_is_used():
-    model = converted(CifarResNet())
+    model = converted(CifarResNet(1, 8))
     model.linear = nn.Linear(model.linear.in_features, 3)
     assert model(X).shape == (4, 3)
 
 
 def test_blocks_added_to_a_layer_are_run():
-    model = converted(CifarResNet()).eval()
+    model = converted(CifarResNet(1, 8)).eval()
     model.layer1.append(CifarBlock(8, 8, 1).eval())
     assert_as_plain(model, X)
 
@@ -233,7 +234,7 @@ def test_a_parametrization_added_later_is_applied():
 
 
 def test_a_forward_set_on_a_child_is_called():
-    model = converted(CifarResNet())
+    model = converted(CifarResNet(1, 8))
     model.layer3[0].forward = lambda x: torch.zeros(4, 32, 2, 2)
     torch.testing.assert_close(model(X), model.linear.bias.expand(4, -1))
 
@@ -258,7 +259,7 @@ def test_parameters_may_be_replaced():
 
 
 def test_a_layer_that_is_frozen_keeps_its_statistics():
-    model = converted(CifarResNet())
+    model = converted(CifarResNet(1, 8))
     model.layer1.eval()
     before = model.layer1[0].bn1.running_mean.clone()
     model(X)
@@ -319,12 +320,12 @@ def test_a_data_parallel_replica_runs_its_own_children():
 
 
 def test_to_changes_the_dtype():
-    model = converted(CifarResNet())
+    model = converted(CifarResNet(1, 8))
     assert model.to(torch.bfloat16)(X.bfloat16()).dtype is torch.bfloat16
 
 
 def test_under_autocast_the_result_has_torchs_dtype():
-    model = converted(CifarResNet()).eval()
+    model = converted(CifarResNet(1, 8)).eval()
     with torch.autocast("cpu", torch.bfloat16):
         got, expected = model(X), plain_twin(model)(X)
     assert got.dtype == expected.dtype
@@ -371,7 +372,7 @@ def _compiled(model: nn.Module):
 
 
 def test_compiles_in_one_graph_and_follows_the_mode():
-    model = converted(CifarResNet())
+    model = converted(CifarResNet(1, 8))
     eager = copy.deepcopy(model)
     compiled = _compiled(model)
     for step in range(3):
@@ -395,7 +396,7 @@ def test_a_compiled_model_notices_a_new_child():
 
 
 def test_exports_with_the_fused_operations():
-    model = converted(CifarResNet()).eval()
+    model = converted(CifarResNet(1, 8)).eval()
     program = torch.export.export(model, (X,))
     assert any("ganvas" in str(node.target) for node in program.graph.nodes)
     torch.testing.assert_close(program.module()(X), model(X))
@@ -404,14 +405,14 @@ def test_exports_with_the_fused_operations():
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.*:DeprecationWarning")
 @pytest.mark.parametrize("grad_enabled", [True, False])
 def test_torch_jit_sees_every_operation(grad_enabled):
-    model = converted(CifarResNet()).eval()
+    model = converted(CifarResNet(1, 8)).eval()
     with torch.set_grad_enabled(grad_enabled):
         traced = torch.jit.trace(model, X, check_trace=False)
         torch.testing.assert_close(traced(2 * X), model(2 * X), rtol=1e-4, atol=1e-5)
 
 
 def test_fx_traces_the_plain_layers():
-    model = converted(CifarResNet()).eval()
+    model = converted(CifarResNet(1, 8)).eval()
     traced = torch.fx.symbolic_trace(model)
     assert {"conv1", "bn1", "layer1.0.bn2"} <= {node.target for node in traced.graph.nodes if node.op == "call_module"}
     torch.testing.assert_close(traced(X), model(X), rtol=1e-4, atol=1e-5)
@@ -419,7 +420,7 @@ def test_fx_traces_the_plain_layers():
 
 def test_double_backward_of_a_gradient_penalty():
     # Not 4 channels: there torch 2.13's own second gradient of a 1x1 convolution of stride 2 in channels_last is wrong.
-    model = converted(CifarResNet(width=8))
+    model = converted(CifarResNet(1, 8))
     plain = plain_twin(model)
     results = []
     for one in (model, plain):
@@ -432,7 +433,7 @@ def test_double_backward_of_a_gradient_penalty():
 
 
 def test_inference_mode():
-    model = converted(CifarResNet()).eval()
+    model = converted(CifarResNet(1, 8)).eval()
     with torch.inference_mode():
         inside = model(X)
     torch.testing.assert_close(inside, model(X))
