@@ -122,8 +122,10 @@ def _fitted(
     block_out = max(min(triton.next_power_of_2(out_channels), columns), 16)
     if dtype is torch.float32:
         pixels //= 2
-    whole_vectors = vector(dtype.itemsize, in_channels, out_channels) * dtype.itemsize == 16
-    most_registers = None if whole_vectors and num_warps > 4 else ALL_REGISTERS
+    at_a_time = vector(dtype.itemsize, in_channels, out_channels) * dtype.itemsize
+    if at_a_time < 8:  # the addresses of more columns do not fit into the registers
+        block_out = min(block_out, 64)
+    most_registers = None if at_a_time == 16 and num_warps > 4 and programs > 1 else ALL_REGISTERS
     return Configuration(block_taps, block_in, block_out, pixels, num_warps, num_stages, programs, most_registers)
 
 
