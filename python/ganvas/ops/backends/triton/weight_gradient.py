@@ -67,21 +67,26 @@ class Configuration:
     """Of a thread. None: the compiler decides, which for more programs at a time saves a few, and spills them."""
 
 
-# rows, columns, pixels, num_warps, num_stages, programs
-_LARGE_TILES = (
+_Tiles = tuple[tuple[int, int, int, int, int, int], ...]  # rows, columns, pixels, num_warps, num_stages, programs
+_LARGE_TILES: _Tiles = (
     (128, 128, 32, 8, 3, 1),
     (128, 128, 32, 8, 4, 1),
     (128, 64, 32, 4, 3, 2),
     (64, 128, 32, 4, 3, 2),
     (64, 64, 64, 4, 3, 2),
 )
-_SMALL_TILES = (
+_SMALL_TILES: _Tiles = (
     (64, 64, 32, 4, 3, 3),
     (64, 64, 64, 4, 3, 2),
     (128, 64, 32, 4, 3, 2),
     (128, 64, 32, 8, 2, 2),
     (64, 32, 64, 4, 3, 3),
     (64, 128, 32, 4, 3, 2),
+)
+_IEEE_TILES: _Tiles = (  # of exact float32, whose operands lie in registers
+    (64, 64, 32, 8, 3, 2),
+    (128, 64, 32, 8, 2, 1),
+    (64, 32, 32, 4, 3, 3),
 )
 
 
@@ -95,20 +100,21 @@ def configurations(
     """At most six that are worth measuring for these shapes, the first of them the one that is taken without that.
 
     A program's tile is 128×128 where the weight has at least 512 rows (taps times input channels) and 128 columns,
-    64×64 or near it elsewhere, and never much more than the weight. Where the input has few channels its rows are of
-    several taps: what is read and computed of the output's gradient then serves them all. Tiles of float32, which take
-    twice the memory, are half as deep in pixels.
+    64×64 or near it elsewhere and where float32 is multiplied exactly, and never much more than the weight. Where the
+    input has few channels its rows are of several taps: what is read and computed of the output's gradient then serves
+    them all. Tiles of float32, which take twice the memory, are half as deep in pixels.
     """
     if direction != "backward_weight":
         raise ValueError(f"direction must be 'backward_weight'; got {direction!r}")
     gather = forward_gather(geometry, (weight[2], weight[3]))
     in_channels, out_channels = input[1], weight[1] if geometry.transposed else weight[0]
-    is_large = gather.most_taps * in_channels >= 512 and out_channels >= 128
-    fitted = (
-        _fitted(gather, in_channels, out_channels, dtype, *tile)
-        for tile in (_LARGE_TILES if is_large else _SMALL_TILES)
-    )
-    return list(dict.fromkeys(fitted))
+    if dtype is torch.float32 and not uses_tf32():
+        tiles = _IEEE_TILES
+    elif gather.most_taps * in_channels >= 512 and out_channels >= 128:
+        tiles = _LARGE_TILES
+    else:
+        tiles = _SMALL_TILES
+    return list(dict.fromkeys(_fitted(gather, in_channels, out_channels, dtype, *tile) for tile in tiles))
 
 
 def _fitted(
