@@ -20,6 +20,7 @@ pytest.importorskip("ganvas._native")
 
 from ganvas import _native as native
 from ganvas.ops.backends.cpu import stride2
+from ganvas.ops.backends.cpu.kernels import NativeConvolution
 from ganvas.ops.backends.cpu.stride2 import Convolution
 from ganvas.ops.pending import Pending
 
@@ -123,21 +124,26 @@ class Arguments:
         return self.kink(self.affine(x)) if self.case.pending == "affine_kink" else self.affine(self.kink(x))
 
 
+def native_convolution(kind: Convolution, weight: Tensor, input: Tensor) -> NativeConvolution:
+    return stride2.convolution(kind, weight.shape, input.shape, input.dtype)
+
+
 def kernels(of: Arguments) -> dict[str, Tensor]:
     """Everything that the native kernels compute."""
     case, pending = of.case, of.pending
-    after = stride2.forward_with_statistics(
-        case.convolution, pending, of.weight, of.bias, None, None, None, None, 0.0, 1e-5, case.slope,
+    convolution = native_convolution(case.convolution, of.weight, of.stored)
+    after = convolution.forward_with_statistics(
+        pending, of.weight, of.bias, None, None, None, None, 0.0, 1e-5, case.slope,
         case.statistics_of_activation, case.groups,
     )  # fmt: skip
-    grad_input, sums = stride2.backward_input(case.convolution, of.grad_output, of.weight, pending)
+    grad_input, sums = convolution.backward_input(of.grad_output, of.weight, pending)
     results = {
-        "output": stride2.forward(case.convolution, pending, of.weight, of.bias),
+        "output": convolution.forward(pending, of.weight, of.bias),
         "output beside statistics": after.stored,
         "mean": after.mean,
         "var": after.var,
         "grad_input": grad_input,
-        "grad_weight": stride2.backward_weight(case.convolution, of.grad_output, of.weight, pending),
+        "grad_weight": convolution.backward_weight(of.grad_output, of.weight, pending),
     }
     if case.pending != "stored":
         results |= {"sum": sums[0], "sum_deviation": sums[1]}
@@ -333,15 +339,15 @@ def test_padding_contributes_zero_after_the_shift(convolution):
     of = Arguments(Case(convolution, images=1, height=side, width=side, has_bias=False))
     of.stored.zero_(), of.shift.fill_(1.0), of.weight.fill_(1.0)
     expected = of.convolve(torch.ones(1, 16, side, side), of.weight)
-    torch.testing.assert_close(stride2.forward(convolution, of.pending, of.weight, None), expected, rtol=1e-5, atol=0)
+    output = native_convolution(convolution, of.weight, of.stored).forward(of.pending, of.weight, None)
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=0)
 
 
 def test_running_statistics_move_towards_each_group_in_order():
     case = Case(Convolution.conv_transpose4x4, out_channels=21, groups=3)
     of, running_mean, running_var = Arguments(case), torch.randn(21), torch.rand(21)
     expected_mean, expected_var = running_mean.clone(), running_var.clone()
-    after = stride2.forward_with_statistics(
-        case.convolution,
+    after = native_convolution(case.convolution, of.weight, of.stored).forward_with_statistics(
         of.pending,
         of.weight,
         of.bias,
@@ -414,12 +420,13 @@ def test_a_map_without_output_is_refused_before_any_work():
 def test_autocast_does_not_reach_the_folding_of_the_weight(kind):
     x = torch.randn(2, 16, 6, 6).contiguous(memory_format=torch.channels_last)
     weight = torch.randn(16, 16, 3, 3)
-    output = stride2.forward(kind, Pending(x), weight, None)
+    convolution = native_convolution(kind, weight, x)
+    output = convolution.forward(Pending(x), weight, None)
 
     def everything():
-        grad_input, _ = stride2.backward_input(kind, output, weight, Pending(x))
-        gradient = stride2.backward_weight(kind, output, weight, Pending(x))
-        return stride2.forward(kind, Pending(x), weight, None), grad_input, gradient
+        grad_input, _ = convolution.backward_input(output, weight, Pending(x))
+        gradient = convolution.backward_weight(output, weight, Pending(x))
+        return convolution.forward(Pending(x), weight, None), grad_input, gradient
 
     with torch.autocast("cpu", torch.bfloat16):
         got = everything()

@@ -20,6 +20,7 @@ pytest.importorskip("ganvas._native")
 
 from ganvas import _native as native
 from ganvas.ops.backends.cpu import winograd
+from ganvas.ops.backends.cpu.kernels import NativeConvolution
 from ganvas.ops.convolution import Geometry
 from ganvas.ops.pending import Pending
 
@@ -131,32 +132,34 @@ class Arguments:
         return self.kink(x) if self.case.kind == "affine_kink" else x
 
 
+def convolution(of: Arguments, stored: Tensor | None = None) -> NativeConvolution:
+    """The kernels, for ``stored`` in place of the arguments'."""
+    stored = of.stored if stored is None else stored
+    return winograd.convolution(of.case.geometry, of.weight.shape, stored.shape, stored.dtype)
+
+
 def with_statistics(of: Arguments, **changes) -> Pending:
     """The output's pending activation, of a norm without weight, bias and running statistics but for ``changes``."""
     arguments = {
-        "input": of.pending, "weight": of.weight, "bias": of.bias, "geometry": of.case.geometry, "bn_weight": None,
+        "input": of.pending, "weight": of.weight, "bias": of.bias, "bn_weight": None,
         "bn_bias": None, "running_mean": None, "running_var": None, "momentum": 0.0, "eps": 1e-5,
         "negative_slope": of.case.slope, "activation_first": of.case.statistics_of_activation, "groups": of.case.groups,
     }  # fmt: skip
-    return winograd.forward_with_statistics(**{**arguments, **changes})
+    return convolution(of).forward_with_statistics(**{**arguments, **changes})
 
 
 def kernels(of: Arguments) -> dict[str, Tensor]:
     """Everything that the native kernels compute."""
     case, pending = of.case, of.pending
     after = with_statistics(of)
-    grad_input, sums = winograd.backward_input(
-        grad_output=of.grad_output, weight=of.weight, input=pending, geometry=case.geometry
-    )
+    grad_input, sums = convolution(of).backward_input(of.grad_output, of.weight, pending)
     results = {
-        "output": winograd.forward(input=pending, weight=of.weight, bias=of.bias, geometry=case.geometry),
+        "output": convolution(of).forward(pending, of.weight, of.bias),
         "output beside statistics": after.stored,
         "mean": after.mean,
         "var": after.var,
         "grad_input": grad_input,
-        "grad_weight": winograd.backward_weight(
-            grad_output=of.grad_output, weight=of.weight, input=pending, geometry=case.geometry
-        ),
+        "grad_weight": convolution(of).backward_weight(of.grad_output, of.weight, pending),
     }
     if case.kind != "stored":
         results |= {"sum": sums[0], "sum_deviation": sums[1]}
@@ -336,14 +339,15 @@ def test_output_too_large_for_the_cache_has_the_bits_of_its_parts(threads):
     of = Arguments(
         Case(images=64, in_channels=16, out_channels=32, height=64, width=64, weight_format=torch.channels_last)
     )
-    whole = winograd.forward(of.case.geometry, of.pending, of.weight, None)
+    whole = convolution(of).forward(of.pending, of.weight, None)
     assert whole.nbytes >= 32 << 20
-    gradient, _ = winograd.backward_input(of.case.geometry, whole, of.weight, of.pending)
+    gradient, _ = convolution(of).backward_input(whole, of.weight, of.pending)
     for images in torch.arange(64).split(8):
         part = of.pending._replace(stored=of.stored[images])
-        output = winograd.forward(of.case.geometry, part, of.weight, None)
+        kernels = convolution(of, part.stored)
+        output = kernels.forward(part, of.weight, None)
         assert torch.equal(output, whole[images])
-        assert torch.equal(winograd.backward_input(of.case.geometry, output, of.weight, part)[0], gradient[images])
+        assert torch.equal(kernels.backward_input(output, of.weight, part)[0], gradient[images])
 
 
 def student_t(*shape: int) -> Tensor:
@@ -381,7 +385,7 @@ def test_bfloat16_of_equal_numbers_overflows_nothing(value):
     of.stored.fill_(value)
     of.weight.fill_(1e-3)
     output, expected = (
-        winograd.forward(of.case.geometry, of.pending, of.weight, None),
+        convolution(of).forward(of.pending, of.weight, None),
         layer_by_layer(of, torch.float64),
     )
     torch.testing.assert_close(output.double(), expected["output"], rtol=1e-2, atol=1e-37)
@@ -393,7 +397,7 @@ def test_bfloat16_weight_gradient_of_equal_numbers_overflows_nothing(value):
     of.stored.fill_(value)
     of.grad_output.fill_(abs(value))
     expected = layer_by_layer(of, torch.float64)["grad_weight"]
-    gradient = winograd.backward_weight(of.case.geometry, of.grad_output, of.weight, of.pending)
+    gradient = convolution(of).backward_weight(of.grad_output, of.weight, of.pending)
     torch.testing.assert_close(gradient.double(), expected, rtol=1e-3, atol=1e-37)
 
 
@@ -401,7 +405,7 @@ def test_bfloat16_weight_gradient_of_equal_numbers_overflows_nothing(value):
 def test_bfloat16_weight_gradient_does_not_lose_a_nan(tensor):
     of = Arguments(Case(images=4, height=32, width=32, kind="stored", dtype=torch.bfloat16))
     getattr(of, tensor)[1, 3, 5, 7] = torch.nan
-    gradient = winograd.backward_weight(of.case.geometry, of.grad_output, of.weight, of.pending)
+    gradient = convolution(of).backward_weight(of.grad_output, of.weight, of.pending)
     channel = gradient[:, 3] if tensor == "stored" else gradient[3]
     assert channel.isnan().all()
     assert gradient.isnan().sum() == channel.numel()
@@ -473,7 +477,7 @@ def test_padding_contributes_zero_after_the_shift():
     of = Arguments(Case(images=1, height=2, width=2, padding=2))
     of.stored.zero_(), of.shift.fill_(1.0), of.weight.fill_(1.0)
     of.bias = None
-    output = winograd.forward(input=of.pending, weight=of.weight, bias=None, geometry=of.case.geometry)[0, 0]
+    output = convolution(of).forward(of.pending, of.weight, None)[0, 0]
     inside = torch.tensor([1.0, 2.0, 2.0, 1.0])  # taps of each row or column that meet the image
     torch.testing.assert_close(output, 16 * inside[:, None] * inside, rtol=0, atol=1e-3)
 

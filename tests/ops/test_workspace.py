@@ -15,6 +15,8 @@ from ganvas.ops.backends.cpu import winograd
 from ganvas.ops.convolution import Geometry
 from ganvas.ops.pending import Pending
 
+PADDED = Geometry(padding=(1, 1))
+
 
 def convolve(seed: int, channels: int = 16, size: int = 8) -> list[Tensor]:
     """A forward pass and both backward passes on numbers of their own."""
@@ -24,11 +26,10 @@ def convolve(seed: int, channels: int = 16, size: int = 8) -> list[Tensor]:
         for _ in range(2)
     )
     weight = torch.randn(channels, channels, 3, 3, generator=generator)
-    geometry, pending = Geometry(padding=(1, 1)), Pending(x)
-    output = winograd.forward(input=pending, weight=weight, bias=None, geometry=geometry)
-    grad_input, _ = winograd.backward_input(grad_output=grad, weight=weight, input=pending, geometry=geometry)
-    grad_weight = winograd.backward_weight(grad_output=grad, weight=weight, input=pending, geometry=geometry)
-    return [output, grad_input, grad_weight]
+    convolution, pending = winograd.convolution(PADDED, weight.shape, x.shape, x.dtype), Pending(x)
+    output = convolution.forward(pending, weight, None)
+    grad_input, _ = convolution.backward_input(grad, weight, pending)
+    return [output, grad_input, convolution.backward_weight(grad, weight, pending)]
 
 
 @pytest.fixture(autouse=True)
@@ -53,10 +54,8 @@ def test_what_an_earlier_call_left_in_the_memory_does_not_matter():
     expected = convolve(0)
     convolve(1, channels=48, size=13)
     bad = torch.full((2, 48, 13, 13), float("nan")).contiguous(memory_format=torch.channels_last)
-    winograd.forward(
-        input=Pending(bad), weight=torch.full((48, 48, 3, 3), float("inf")), bias=None,
-        geometry=Geometry(padding=(1, 1)),
-    )  # fmt: skip
+    weight = torch.full((48, 48, 3, 3), float("inf"))
+    winograd.convolution(PADDED, weight.shape, bad.shape, bad.dtype).forward(Pending(bad), weight, None)
     for again, before in zip(convolve(0), expected):
         assert torch.equal(again, before)
 

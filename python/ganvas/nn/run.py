@@ -171,8 +171,8 @@ def norm_arguments(norm: _BatchNorm) -> tuple[bool, Tensor | None, Tensor | None
 
 def count_batches(norm: _BatchNorm, statistics_groups: int) -> None:
     """What ``_BatchNorm.forward`` counts."""
-    if _tracks(norm) and norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(statistics_groups)
+    if _tracks(norm) and (counter := norm.num_batches_tracked) is not None:
+        counter.add_(statistics_groups)
 
 
 def _tracks(norm: _BatchNorm) -> bool:

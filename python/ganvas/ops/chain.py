@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from ganvas.ops import chain_operators
+from ganvas.ops.backends.arguments import to_dtype
 from ganvas.ops.chain_passes import (
     Stage,
     differentiable_backward,
     forward_direction,
-    moves_in_kernel,
     restored,
     run_backward,
     run_forward,
@@ -47,19 +47,20 @@ def can_chain(
         return False
     autocast = torch.is_autocast_enabled(input.device.type)
     convolutions = []
-    shape = input.shape
+    shape, device = input.shape, input.device
     for layer in layers:
-        weight, geometry = layer.weight, layer.geometry
-        if shape[1] != geometry.in_channels(weight.shape):
+        weight = layer.weight
+        if shape[1] != layer.geometry.in_channels(weight.shape):
             return False
         if weight.dtype is not dtype and not (autocast and weight.dtype is not torch.float64):
             return False
         convolutions.append((layer, shape))
         convolved = layer.convolved_shape(shape)
-        per_channel = (layer.bias, layer.bn_weight, layer.bn_bias, layer.running_mean, layer.running_var)
-        expected = ((weight, weight.shape), *((values, (convolved[1],)) for values in per_channel))
-        if not all(holds(tensor, size, input.device) for tensor, size in expected):
+        if not holds(weight, weight.shape, device):
             return False
+        for values in (layer.bias, layer.bn_weight, layer.bn_bias, layer.running_mean, layer.running_var):
+            if values is not None and not holds(values, (convolved[1],), device):
+                return False
         shape = layer.pooled_shape(convolved)
         if min(shape) < 1:
             return False
@@ -99,17 +100,13 @@ def conv_bn_leaky_relu_chain(
     Returns:
         The last layer's activation, channels_last. Gradients of every order.
     """
-    input = input.to(_computed_dtype(input))
+    input = to_dtype(input, _computed_dtype(input))
     if torch.compiler.is_compiling():
         return chain_operators.call(input, residual, layers, statistics_groups)
     tensors = [tensor for layer in layers for tensor in layer.tensors]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, residual, *tensors)):
-        output = _Chain.apply(input, residual, tuple(layers), statistics_groups, *tensors)
-    else:
-        output = run_forward(input, residual, layers, tensors, statistics_groups)
-    moved = [r for layer in layers if moves_in_kernel(layer) for r in (layer.running_mean, layer.running_var)]
-    torch.autograd.graph.increment_version(tuple(r for r in moved if r is not None))
-    return output
+        return _Chain.apply(input, residual, tuple(layers), statistics_groups, *tensors)
+    return run_forward(input, residual, layers, tensors, statistics_groups)
 
 
 class _Chain(torch.autograd.Function):

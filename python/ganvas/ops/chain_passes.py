@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ganvas.ops import checks
 from ganvas.ops.backends import reference
-from ganvas.ops.backends.arguments import float32
+from ganvas.ops.backends.arguments import float32, to_dtype
 from ganvas.ops.backends.trial import Direction
 from ganvas.ops.batch_norm_leaky_relu import move_running_statistics, reference_gradients
 from ganvas.ops.convolution import convolve, convolve_backward
@@ -54,7 +54,7 @@ def restored(
     winners: Tensor | None,
 ) -> Stage:
     """A layer's stage, from the tensors of it that were saved, in whatever memory layout they come back."""
-    stored, pooled, winners = (t if t is None else checks.channels_last(t) for t in (stored, pooled, winners))  # type: ignore[assignment]
+    stored, pooled, winners = map(_in_channels_last, (stored, pooled, winners))  # type: ignore[assignment]
     normalised = layer.batch_statistics is not None
     pending = Pending(
         stored, scale, shift, mean, var, float32(own.bn_weight), float32(own.bn_bias),
@@ -62,6 +62,10 @@ def restored(
         normalised,
     )  # fmt: skip
     return Stage(pending, pooled, winners)
+
+
+def _in_channels_last(saved: Tensor | None) -> Tensor | None:
+    return None if saved is None else checks.channels_last(saved)
 
 
 def run_forward(
@@ -74,22 +78,26 @@ def run_forward(
 ) -> Tensor:
     """The last layer's activation (raw output, where nothing follows); ``keep`` is called with each layer's stage."""
     stage, written = Stage(Pending(checks.channels_last(input))), None
+    moved: list[Tensor] = []  # by kernels, of which torch is to know
     for i, own in enumerate(by_layer(tensors), 1):
-        added = residual if i == len(layers) else None
-        stage, written = _forward(layers[i - 1], own, stage.output, written, groups, added)
+        layer, added = layers[i - 1], residual if i == len(layers) else None
+        running = _moved_in_kernel(layer)
+        moved.extend(running)
+        stage, written = _forward(layer, own, running, stage.output, written, groups, added)
         if keep is not None:
             keep(stage)
+    torch.autograd.graph.increment_version(moved)
     if written is not None:
         return written
     return stage.pending.stored if layers[-1].is_bare else kernels_of(input).activate(stage.output)
 
 
-def moves_in_kernel(layer: Layer) -> bool:
-    """Whether there are running statistics to move, and where a kernel can."""
+def _moved_in_kernel(layer: Layer) -> tuple[Tensor, ...]:
+    """The running statistics, mean and variance, that are to be moved where a kernel can."""
     mean, var = layer.running_mean, layer.running_var
     if not layer.batch_statistics or not layer.momentum or mean is None or var is None:
-        return False
-    return is_float32(mean) and is_float32(var)
+        return ()
+    return (mean, var) if is_float32(mean) and is_float32(var) else ()
 
 
 class Gradients(NamedTuple):
@@ -125,8 +133,9 @@ def run_backward(
     for i in reversed(range(first_wanted, len(layers))):
         layer, own, wants = layers[i], of_layer[i], wanted[size * i :][:size]
         assert grad is not None
+        before = befores[i]
         chosen = _chosen_backward(
-            layer, own, befores[i].stored.shape, grad.dtype, i > first_wanted or wants_input, wants[0]
+            layer, own, before.stored.shape, grad.dtype, i > first_wanted or wants_input, wants[0]
         )
         if has_residual and i == last:
             raw, of_bn_weight, of_bn_bias, of_residual = kernels_of(grad).activate_add_backward(
@@ -135,14 +144,13 @@ def run_backward(
         else:
             settled = layer.activation_first and wants[1]  # of which the bias' gradient is the sum
             raw, of_bn_weight, of_bn_bias = _raw_gradient(
-                layer, own, stages[i], grad, sums, befores[i].stored.shape, {} if settled else chosen
+                layer, own, stages[i], grad, sums, before.stored.shape, {} if settled else chosen
             )
-        grad, sums, of_weight = _convolution_gradients(layer, own, raw, befores[i], chosen)
+        grad, sums, of_weight = _convolution_gradients(layer, own, raw, before, chosen)
         of_bias = _bias_gradient(layer, raw, of_bn_bias) if wants[1] else None
-        grads[size * i : size * (i + 1)] = [
-            gradient.to(tensor.dtype) if want and gradient is not None and tensor is not None else None
-            for gradient, tensor, want in zip((of_weight, of_bias, of_bn_weight, of_bn_bias), own, wants)
-        ]
+        for j, gradient in enumerate((of_weight, of_bias, of_bn_weight, of_bn_bias)):
+            if wants[j] and gradient is not None and (tensor := own[j]) is not None:
+                grads[size * i + j] = to_dtype(gradient, tensor.dtype)
     return Gradients(grad if wants_input else None, of_residual, grads)
 
 
@@ -154,12 +162,16 @@ def forward_direction(layer: Layer) -> str:
 def _forward(
     layer: Layer,
     own: Tensors,
+    moved: tuple[Tensor, ...],
     before: Pending,
     written: Tensor | None,
     groups: int,
     residual: Tensor | None = None,
 ) -> tuple[Stage, Tensor | None]:
-    """The layer's result, and its activation where that is written already: by a kernel, or with a residual."""
+    """The layer's result, and its activation where that is written already: by a kernel, or with a residual.
+
+    ``moved``: see :func:`_moved_in_kernel`.
+    """
     if residual is not None:
         residual = checks.channels_last(residual)
     stored = before.stored
@@ -169,9 +181,7 @@ def _forward(
     )
     norm: Any = (own.bn_weight, own.bn_bias)
     options: Any = (layer.eps, layer.negative_slope, layer.activation_first)
-    running: Any = (
-        (layer.running_mean, layer.running_var, layer.momentum) if moves_in_kernel(layer) else (None, None, 0.0)
-    )
+    running: Any = (*moved, layer.momentum) if moved else (None, None, 0.0)
     activation = None
     if kernel is not None and layer.batch_statistics:
         pending = kernel.forward_with_statistics(before, own.weight, own.bias, *norm, *running, *options, groups)
@@ -186,7 +196,8 @@ def _forward(
         else:
             given = (None, None) if layer.batch_statistics is None else (layer.running_mean, layer.running_var)
             pending = fixed(output, *norm, *given, *options, groups)  # type: ignore[call-arg]
-    _move_running_statistics(layer, pending)
+    if layer.batch_statistics and not moved:
+        _move_running_statistics(layer, pending)
     if residual is not None and activation is None:
         activation = kernels.activate_add(pending, residual)
     return (Stage(pending, *kernels.max_pool(pending)), None) if layer.max_pool else (Stage(pending), activation)
@@ -195,7 +206,7 @@ def _forward(
 def _move_running_statistics(layer: Layer, pending: Pending) -> None:
     """Where the kernel could not."""
     mean, var = layer.running_mean, layer.running_var
-    if not layer.batch_statistics or moves_in_kernel(layer) or mean is None or var is None:
+    if mean is None or var is None:
         return
     assert pending.mean is not None
     assert pending.var is not None
@@ -210,13 +221,15 @@ Chosen = dict[Direction, Any]
 def _chosen_backward(
     layer: Layer, own: Tensors, input_shape: torch.Size, dtype: torch.dtype, wants_input: bool, wants_weight: bool
 ) -> Chosen:
-    choose = kernels_of(own.weight).chosen_convolution
-    wanted: dict[Direction, bool] = {"backward_weight": wants_weight, "backward_input": wants_input}
-    return {
-        direction: choose(layer.geometry, own.weight, input_shape, dtype, direction, layer.backend)
-        for direction, wants in wanted.items()
-        if wants
-    }
+    choose, chosen = kernels_of(own.weight).chosen_convolution, {}
+    directions: tuple[tuple[Direction, bool], ...] = (
+        ("backward_weight", wants_weight),
+        ("backward_input", wants_input),
+    )
+    for direction, wants in directions:
+        if wants:
+            chosen[direction] = choose(layer.geometry, own.weight, input_shape, dtype, direction, layer.backend)
+    return chosen
 
 
 def _raw_gradient(

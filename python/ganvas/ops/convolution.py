@@ -24,13 +24,17 @@ class Geometry(NamedTuple):
 
     def output_shape(self, input: torch.Size, weight: torch.Size) -> torch.Size:
         """Of (N, Cin, H, W) and a weight; sides below 1 where the kernel does not fit."""
-        height, width = (2 * side for side in input[2:]) if self.upsampled else input[2:]
-        of_side = zip((height, width), weight[2:], self.stride, self.padding, self.dilation, self.output_padding)
+        batch, _, height, width = input
+        if self.upsampled:
+            height, width = 2 * height, 2 * width
+        height, width = self._output_side(0, height, weight[2]), self._output_side(1, width, weight[3])
+        return torch.Size((batch, weight[1] * self.groups if self.transposed else weight[0], height, width))
+
+    def _output_side(self, axis: int, side: int, kernel: int) -> int:
+        stride, reach = self.stride[axis], self.dilation[axis] * (kernel - 1) - 2 * self.padding[axis]
         if self.transposed:
-            sides = [(n - 1) * s - 2 * p + d * (k - 1) + extra + 1 for n, k, s, p, d, extra in of_side]
-            return torch.Size((input[0], weight[1] * self.groups, *sides))
-        sides = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d, _ in of_side]
-        return torch.Size((input[0], weight[0], *sides))
+            return (side - 1) * stride + reach + self.output_padding[axis] + 1
+        return (side - reach - 1) // stride + 1
 
     def in_channels(self, weight: torch.Size) -> int:
         """That a weight of this shape takes."""

@@ -19,6 +19,11 @@ def float32(values: Tensor | None) -> Tensor | None:
     return values.float().contiguous()
 
 
+def to_dtype(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """``values.to(dtype)``, without the call where they are of that dtype: it costs as much as memory for them."""
+    return values if values.dtype is dtype else values.to(dtype)
+
+
 def address(tensor: Tensor | None) -> int:
     """Where ``tensor`` begins; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()

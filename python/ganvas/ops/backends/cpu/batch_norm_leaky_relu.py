@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ganvas import _native as native
 from ganvas.ops.backends.arguments import address, float32
-from ganvas.ops.backends.cpu.arguments import dtype_of, empty
+from ganvas.ops.backends.cpu.arguments import dtype_of, empty, empty_per_channel
 from ganvas.ops.checks import native_layout
 from ganvas.ops.schemas import library
 
@@ -80,7 +80,7 @@ def backward(
     mean, var = float32(mean), float32(var)
     channels = input.shape[1]
     grad_input = torch.empty_like(input)
-    grad_weight, grad_bias = (empty(channels) for _ in range(2))
+    grad_weight, grad_bias = empty_per_channel(weight, channels), empty_per_channel(bias, channels)
     native.batch_norm_leaky_relu_backward(
         dtype_of(input), input.numel() // channels, channels, statistics_groups, eps, negative_slope, activation_first,
         training, grad_output.data_ptr(), input.data_ptr(), address(weight), address(bias), mean.data_ptr(),
@@ -159,7 +159,7 @@ def add_backward(
     mean, var = float32(mean), float32(var)
     channels = input.shape[1]
     grad_input, grad_residual = torch.empty_like(input), torch.empty_like(input)
-    grad_weight, grad_bias = (empty(channels) for _ in range(2))
+    grad_weight, grad_bias = empty_per_channel(weight, channels), empty_per_channel(bias, channels)
     native.batch_norm_add_leaky_relu_backward(
         dtype_of(input), input.numel() // channels, channels, statistics_groups, eps, negative_slope, training,
         grad_output.data_ptr(), output.data_ptr(), input.data_ptr(), address(weight), address(bias), mean.data_ptr(),

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
-from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ganvas.ops import tuning
 from ganvas.ops.backends.cpu import stride2, winograd
-from ganvas.ops.backends.cpu.kernels import LEAST_CHANNELS
+from ganvas.ops.backends.cpu.kernels import LEAST_CHANNELS, NativeConvolution
 from ganvas.ops.backends.cpu.precision import multiplied_as
 from ganvas.ops.backends.trial import Direction, trial
 from ganvas.ops.convolution import Geometry
-from ganvas.ops.pending import Pending
+
+_Make = Callable[[torch.Size, torch.Size, torch.dtype], NativeConvolution]
+"""For a weight and an input of these shapes."""
 
 _STRIDE_2 = Geometry(stride=(2, 2), padding=(1, 1))
 
@@ -28,46 +28,12 @@ _MOST_BYTES = 24 * 2**20  # of the larger of input and output, in float32
 _LARGEST_SIDE = 64
 
 
-@dataclass(frozen=True)
-class NativeConvolution:
-    """A convolution between pending activations: a family of kernels, and what that is told first."""
+def native_convolution(geometry: Geometry, weight: Tensor, input_shape: torch.Size, dtype: torch.dtype) -> _Make | None:
+    """What makes the kernels of this convolution, or None where there are none or channels are few.
 
-    family: ModuleType
-    how: Any
-
-    @property
-    def name(self) -> str:
-        """What is computed."""
-        if isinstance(self.how, stride2.Convolution):
-            return self.how.name
-        return f"conv3x3_padding{self.how.padding[0]}"
-
-    @property
-    def folds_weight(self) -> bool:
-        """Whether a larger kernel is made of the weight first, at a cost that few pixels do not pay back."""
-        return isinstance(self.how, stride2.Convolution) and self.how.value.rows is not None
-
-    def forward(self, input: Pending, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The raw output (N, Cout, H', W')."""
-        return self.family.forward(self.how, input, weight, bias)
-
-    def forward_with_statistics(self, input: Pending, weight: Tensor, bias: Tensor | None, *norm: Any) -> Pending:
-        """The output with a norm and an activation pending; ``norm`` as in :class:`Kernels`."""
-        return self.family.forward_with_statistics(self.how, input, weight, bias, *norm)
-
-    def backward_input(self, grad_output: Tensor, weight: Tensor, input: Pending) -> tuple[Tensor, Tensor]:
-        """g = dL/d(scale*x + shift) of the pending input, and Σg and Σg·(x − mean), (2, G, Cin)."""
-        return self.family.backward_input(self.how, grad_output, weight, input)
-
-    def backward_weight(self, grad_output: Tensor, weight: Tensor, input: Pending) -> Tensor:
-        """Like ``weight``, float32."""
-        return self.family.backward_weight(self.how, grad_output, weight, input)
-
-
-def native_convolution(
-    geometry: Geometry, weight: Tensor, input_shape: torch.Size, dtype: torch.dtype
-) -> NativeConvolution | None:
-    """The kernels of this convolution, or None where there are none or channels are few; ``dtype`` plays no part."""
+    Args:
+        dtype: plays no part.
+    """
     return _native_convolution(geometry, weight, input_shape) if _is_wide(weight.shape) else None
 
 
@@ -76,12 +42,12 @@ def _is_wide(weight: torch.Size) -> bool:
     return min(weight[:2]) >= LEAST_CHANNELS
 
 
-def _native_convolution(geometry: Geometry, weight: Tensor, input_shape: torch.Size) -> NativeConvolution | None:
+def _native_convolution(geometry: Geometry, weight: Tensor, input_shape: torch.Size) -> _Make | None:
     if winograd.takes(geometry, weight, input_shape):
-        return NativeConvolution(winograd, geometry)
+        return partial(winograd.convolution, geometry)
     kind = _stride2_kind(geometry, weight, input_shape)
     if kind is not None and stride2.takes(kind, weight, input_shape):
-        return NativeConvolution(stride2, kind)
+        return partial(stride2.convolution, kind)
     return None
 
 
@@ -104,17 +70,18 @@ def chosen_convolution(
     try:
         return tuning.decisions[key]
     except KeyError:
-        native = _native_convolution(geometry, weight, input_shape)
-        return tuning.decided(key, native if native is not None and _native_is_faster(native, *key) else None)
+        make = _native_convolution(geometry, weight, input_shape)
+        return tuning.decided(key, make(*key[1:4]) if make is not None and _native_is_faster(make, *key) else None)
 
 
 def _native_is_faster(
-    native: NativeConvolution, geometry: Geometry, weight: torch.Size, input: torch.Size, dtype: torch.dtype,
+    make: _Make, geometry: Geometry, weight: torch.Size, input: torch.Size, dtype: torch.dtype,
     threads: int, direction: Direction, products: str,
 ) -> bool:  # fmt: skip
     if not tuning.applies(threads):
         return _is_wide(weight)
-    output = geometry.output_shape(input, weight)
+    native = make(weight, input, dtype)
+    output = native.output_shape
     if _multiplications(geometry, weight, input) < _LEAST_MULTIPLICATIONS:
         return _is_wide(weight) and not native.folds_weight and output.numel() >= 16 * output[1]
     shape = _representative(geometry, weight, input, threads)
@@ -124,7 +91,7 @@ def _native_is_faster(
     def candidates() -> tuple[Callable[[], object], Callable[[], object]]:
         kernels = import_module("ganvas.ops.backends.cpu")
         of_shape = trial(kernels, geometry, weight, shape, dtype, torch.device("cpu"), direction)
-        return of_shape.native(native), of_shape.torchs()
+        return of_shape.native(make(weight, shape, dtype)), of_shape.torchs()
 
     return tuning.measured(case, candidates).native
 

@@ -7,16 +7,17 @@ stride 2 (or its transpose) with the kernel M w Mᵀ, M a 4×3 matrix. The gradi
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from enum import Enum
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ganvas import _native as native
 from ganvas.ops.backends.cpu.arguments import empty_pixels
-from ganvas.ops.backends.cpu.kernels import LEAST_CHANNELS, Kernels
+from ganvas.ops.backends.cpu.kernels import LEAST_CHANNELS, Kernels, NativeConvolution, constants
 from ganvas.ops.pending import Pending
 
 _Rows = tuple[tuple[float, float, float], ...]
@@ -77,35 +78,37 @@ def takes(kind: Convolution, weight: Tensor, input_shape: torch.Size) -> bool:
     )
 
 
-def forward(kind: Convolution, input: Pending, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The raw output (N, Cout, H', W'). ``weight`` is torch's, (Cin, Cout, 4, 4) for ``conv_transpose4x4``."""
-    form, kernel = kind.value, _fold(kind, weight)
-    return form.kernels.forward(form.padding, input, kernel, bias, _output(kind, input, kernel))
+def convolution(kind: Convolution, weight: torch.Size, input: torch.Size, dtype: torch.dtype) -> NativeConvolution:
+    """The kernels for a weight and an input of these shapes, which they take. The weight is torch's."""
+    form, (batch, _, *sides) = kind.value, input
+    grown = 2 * form.padding - 4
+    height, width = (2 * side - 2 - grown if form.transposed else (side + grown) // 2 + 1 for side in sides)
+    out_channels = weight[1] if kind is Convolution.conv_transpose4x4 else weight[0]
+    return _Stride2Convolution(
+        kind.name, form.kernels, constants(dtype, input, out_channels, form.padding), dtype,
+        torch.Size((batch, out_channels, height, width)), kind,
+    )  # fmt: skip
 
 
-def forward_with_statistics(
-    kind: Convolution, input: Pending, weight: Tensor, bias: Tensor | None, *norm: Any, **options: Any
-) -> Pending:
-    """The output with a norm and an activation pending; ``norm``: see :meth:`Kernels.forward_with_statistics`."""
-    form, kernel = kind.value, _fold(kind, weight)
-    output = _output(kind, input, kernel)
-    return form.kernels.forward_with_statistics(form.padding, input, kernel, bias, output, *norm, **options)
+@dataclass(frozen=True)
+class _Stride2Convolution(NativeConvolution):
+    kind: Convolution
 
+    @property
+    def folds_weight(self) -> bool:
+        return self.kind.value.rows is not None
 
-def backward_input(kind: Convolution, grad_output: Tensor, weight: Tensor, input: Pending) -> tuple[Tensor, Tensor]:
-    """g = dL/d(scale*x + shift) of the pending input, and Σg and Σg·(x − mean), (2, G, Cin)."""
-    return kind.value.kernels.backward_input(kind.value.padding, grad_output, _fold(kind, weight), input)
+    def kernel_of(self, weight: Tensor) -> Tensor:
+        return _fold(self.kind, weight)
 
-
-def backward_weight(kind: Convolution, grad_output: Tensor, weight: Tensor, input: Pending) -> Tensor:
-    """Like ``weight``, float32."""
-    form = kind.value
-    if form.rows is not None:
-        gradient = empty_pixels((*weight.shape[:2], 4, 4), torch.float32)
-        return _unfold(form.rows, form.kernels.backward_weight(form.padding, grad_output, gradient, input))
-    gradient = torch.empty_like(weight, dtype=torch.float32)
-    form.kernels.backward_weight(form.padding, grad_output, _kernel_of(kind, gradient), input)
-    return gradient
+    def backward_weight(self, grad_output: Tensor, weight: Tensor, input: Pending) -> Tensor:
+        rows = self.kind.value.rows
+        if rows is not None:
+            gradient = empty_pixels((*weight.shape[:2], 4, 4), torch.float32)
+            return _unfold(rows, self.fill(gradient, grad_output, input))
+        gradient = torch.empty_like(weight, dtype=torch.float32)
+        self.fill(_kernel_of(self.kind, gradient), grad_output, input)
+        return gradient
 
 
 def _fold(kind: Convolution, weight: Tensor) -> Tensor:
@@ -142,11 +145,3 @@ def _congruent(squared: Tensor, weight: Tensor) -> Tensor:
 def _kernel_of(kind: Convolution, weight: Tensor) -> Tensor:
     """torch's transposed convolutions have the input's channels first."""
     return weight.transpose(0, 1) if kind.value.transposed else weight
-
-
-def _output(kind: Convolution, input: Pending, kernel: Tensor) -> Tensor:
-    batch, _, *sides = input.stored.shape
-    grown = 2 * kind.value.padding - 4
-    height, width = (2 * side - 2 - grown if kind.value.transposed else (side + grown) // 2 + 1 for side in sides)
-    shape = (batch, kernel.shape[0], height, width)
-    return empty_pixels(shape, input.stored.dtype)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from ganvas import _native as native
-from ganvas.ops.backends.cpu.arguments import empty_pixels
-from ganvas.ops.backends.cpu.kernels import LEAST_CHANNELS, Kernels
+from ganvas.ops.backends.cpu.kernels import LEAST_CHANNELS, Kernels, NativeConvolution, constants
 from ganvas.ops.convolution import Geometry
-from ganvas.ops.pending import Pending
 
 _KERNELS = Kernels(
     native.winograd_forward,
@@ -34,29 +30,10 @@ def takes(geometry: Geometry, weight: Tensor, input_shape: torch.Size) -> bool:
     )
 
 
-def forward(geometry: Geometry, input: Pending, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The raw output (N, Cout, H', W')."""
-    return _KERNELS.forward(geometry.padding[0], input, weight.float(), bias, _output(geometry, input, weight))
-
-
-def forward_with_statistics(
-    geometry: Geometry, input: Pending, weight: Tensor, bias: Tensor | None, *norm: Any, **options: Any
-) -> Pending:
-    """The output with a norm and an activation pending; ``norm``: see :meth:`Kernels.forward_with_statistics`."""
-    output = _output(geometry, input, weight)
-    return _KERNELS.forward_with_statistics(geometry.padding[0], input, weight.float(), bias, output, *norm, **options)
-
-
-def backward_input(geometry: Geometry, grad_output: Tensor, weight: Tensor, input: Pending) -> tuple[Tensor, Tensor]:
-    """g = dL/d(scale*x + shift) of the pending input, and Σg and Σg·(x − mean), (2, G, Cin)."""
-    return _KERNELS.backward_input(geometry.padding[0], grad_output, weight.float(), input)
-
-
-def backward_weight(geometry: Geometry, grad_output: Tensor, weight: Tensor, input: Pending) -> Tensor:
-    """(Cout, Cin, 3, 3) float32."""
-    gradient = torch.empty_like(weight, dtype=torch.float32)
-    return _KERNELS.backward_weight(geometry.padding[0], grad_output, gradient, input)
-
-
-def _output(geometry: Geometry, input: Pending, weight: Tensor) -> Tensor:
-    return empty_pixels(geometry.output_shape(input.stored.shape, weight.shape), input.stored.dtype)
+def convolution(geometry: Geometry, weight: torch.Size, input: torch.Size, dtype: torch.dtype) -> NativeConvolution:
+    """The kernels for a weight and an input of these shapes, which they take."""
+    padding = geometry.padding[0]
+    return NativeConvolution(
+        f"conv3x3_padding{padding}", _KERNELS, constants(dtype, input, weight[0], padding), dtype,
+        geometry.output_shape(input, weight),
+    )  # fmt: skip
