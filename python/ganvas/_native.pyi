@@ -1,17 +1,17 @@
 """Types of the native module (csrc/bindings.cpp). Addresses are integers, 0 where an optional array is left out."""
 
 from collections.abc import Sequence
-from enum import Enum
+from enum import IntEnum
 from typing import TypedDict
 
 GAN_LOSS_WORKSPACE_BYTES: int
 
-class Dtype(Enum):
+class Dtype(IntEnum):
     float32 = ...
     bfloat16 = ...
     float16 = ...
 
-class GanLoss(Enum):
+class GanLoss(IntEnum):
     bce = ...
     non_saturating = ...
     lsgan = ...

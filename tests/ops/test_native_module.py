@@ -134,6 +134,12 @@ def test_sizes_and_addresses_are_validated(changes, message):
         native.batch_norm_leaky_relu_forward(*_forward_arguments(torch.randn(4, 5), **changes))
 
 
+@pytest.mark.parametrize("dtype", [-1, len(native.Dtype), 2**70, 1.0, "float32", None])
+def test_what_is_no_dtype_is_refused(dtype):
+    with pytest.raises(TypeError, match="incompatible function arguments"):
+        native.generator_loss(dtype, native.GanLoss.bce, 8, 0, 1, 8, 0, 8, 1)
+
+
 def test_a_slope_that_hides_the_kink_is_refused():
     x = torch.randn(4, 5)
     channels = [torch.ones(5) for _ in range(4)]
