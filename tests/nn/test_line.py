@@ -239,6 +239,49 @@ def test_frozen_parameters_get_no_gradient(step, frozen):
     assert all(torch.equal(gradient, expected[name]) for name, gradient in got.items())
 
 
+CHANGES: dict[str, Callable[[nn.Sequential], object]] = {
+    "eps": lambda model: setattr(model[3], "eps", 0.5),
+    "momentum": lambda model: setattr(model[3], "momentum", 0.7),
+    "cumulative average": lambda model: setattr(model[3], "momentum", None),
+    "slope": lambda model: setattr(model[4], "negative_slope", 0.6),
+    "padding": lambda model: setattr(model[2], "padding", (2, 2)),
+    "stride": lambda model: setattr(model[2], "stride", (2, 2)),
+    "data": lambda model: setattr(model[2].weight, "data", 2 * model[2].weight.data),
+    "memory layout": lambda model: model.to(memory_format=torch.channels_last),
+    "values in place": lambda model: model[3].weight.data.neg_(),
+    "weight": lambda model: setattr(model[2], "weight", nn.Parameter(3 * model[2].weight.detach())),
+    "no bias": lambda model: setattr(model[5], "bias", None),
+    "no weight of the norm": lambda model: setattr(model[3], "weight", None),
+    "running mean": lambda model: setattr(model[3], "running_mean", torch.ones(17)),
+    "frozen": lambda model: model[3].bias.requires_grad_(False),
+    "state": lambda model: model.load_state_dict({name: value / 2 for name, value in model.state_dict().items()}),
+    "evaluation": lambda model: model.eval(),
+    "evaluation of a norm": lambda model: model[3].eval(),
+    "dtype": lambda model: model.double().float(),
+    "precision": lambda model: torch.set_float32_matmul_precision("medium"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changed_since_the_last_call_counts(chains, step, plain_twin, change):
+    fused = stack()
+    plain = plain_twin(fused)
+    step(fused, image()), step(plain, image())
+    precision = torch.get_float32_matmul_precision()
+    try:
+        for model in (fused, plain):
+            CHANGES[change](model)
+        got, expected = step(fused, image()), step(plain, image())
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    assert chains[-1] == 3
+    assert got.gradients.keys() == expected.gradients.keys()
+    for name, tensor in expected.tensors().items():
+        torch.testing.assert_close(
+            got.tensors()[name], tensor, rtol=2e-2, atol=1e-2 * tensor.abs().max().item(), msg=name
+        )
+
+
 @pytest.mark.parametrize("position", range(8))
 @pytest.mark.parametrize(
     "register", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"]

@@ -144,7 +144,7 @@ def _coefficients(
 ) -> tuple[Tensor, Tensor]:
     """Scale and shift, (G, C) float32."""
     if mean.is_cpu:
-        scale, shift = torch.empty((2, *mean.shape), dtype=torch.float32, device="cpu").unbind()
+        scale, shift = torch.empty_like(mean), torch.empty_like(mean)
         native.batch_norm_coefficients(
             mean.shape[1], mean.shape[0], eps, address(weight), address(bias), mean.data_ptr(), var.data_ptr(),
             scale.data_ptr(), shift.data_ptr(),

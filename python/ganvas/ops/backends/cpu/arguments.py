@@ -28,10 +28,10 @@ def empty_per_channel(like: Tensor | None, channels: int) -> Tensor:
     return empty(channels) if like is None else torch.empty_like(like)
 
 
-def rows(tensor: Tensor) -> range:
-    """Where each ``tensor[i]`` begins."""
-    begin, step = tensor.data_ptr(), tensor.stride(0) * tensor.element_size()
-    return range(begin, begin + len(tensor) * step, step)
+def halves(sums: Tensor) -> tuple[int, int]:
+    """Where ``sums[0]`` and ``sums[1]`` begin, of contiguous float32."""
+    begin = sums.data_ptr()
+    return begin, begin + 2 * sums.numel()
 
 
 def empty_pixels(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

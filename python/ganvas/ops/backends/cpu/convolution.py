@@ -12,7 +12,7 @@ from torch import Tensor
 from ganvas.ops import tuning
 from ganvas.ops.backends.cpu import stride2, winograd
 from ganvas.ops.backends.cpu.kernels import LEAST_CHANNELS, NativeConvolution
-from ganvas.ops.backends.cpu.precision import multiplied_as
+from ganvas.ops.backends.cpu.precision import multiplied_as, rounds_float32
 from ganvas.ops.backends.trial import Direction, trial
 from ganvas.ops.convolution import Geometry
 
@@ -65,22 +65,22 @@ def chosen_convolution(
         dtype: of the input; the weight's may be another one under autocast.
         backend: plays no part: ``cpu`` is faster or not as well.
     """
-    products = multiplied_as(dtype)
-    key = (geometry, weight.shape, input_shape, dtype, torch.get_num_threads(), direction, products)
+    rounds = dtype is torch.float32 and rounds_float32()  # a choice of its own, and another kernel
+    key = (geometry, weight.shape, input_shape, dtype, torch.get_num_threads(), direction, rounds)
     try:
         return tuning.decisions[key]
     except KeyError:
         make = _native_convolution(geometry, weight, input_shape)
-        return tuning.decided(key, make(*key[1:4]) if make is not None and _native_is_faster(make, *key) else None)
+        return tuning.decided(key, make(*key[1:4]) if make is not None and _native_is_faster(make, *key[:-1]) else None)
 
 
 def _native_is_faster(
     make: _Make, geometry: Geometry, weight: torch.Size, input: torch.Size, dtype: torch.dtype,
-    threads: int, direction: Direction, products: str,
+    threads: int, direction: Direction,
 ) -> bool:  # fmt: skip
     if not tuning.applies(threads):
         return _is_wide(weight)
-    native = make(weight, input, dtype)
+    native, products = make(weight, input, dtype), multiplied_as(dtype)
     output = native.output_shape
     if _multiplications(geometry, weight, input) < _LEAST_MULTIPLICATIONS:
         return _is_wide(weight) and not native.folds_weight and output.numel() >= 16 * output[1]

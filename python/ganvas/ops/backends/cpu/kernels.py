@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ganvas import _native as native
 from ganvas.ops.backends.arguments import address, float32
-from ganvas.ops.backends.cpu.arguments import DTYPES, empty, empty_pixels, rows
+from ganvas.ops.backends.cpu.arguments import DTYPES, empty, empty_pixels, halves
 from ganvas.ops.backends.cpu.precision import rounds_float32
 from ganvas.ops.pending import Pending, statistics
 
@@ -114,7 +114,7 @@ class NativeConvolution:
         self.kernels.backward_input(
             *self.constants, groups, grad_output.data_ptr(), weight.data_ptr(), weight.stride(), stored.data_ptr(),
             address(input.scale), address(input.shift), input.negative_slope, input.activation_first,
-            address(input.mean), grad_input.data_ptr(), *rows(sums), torch.get_num_threads(),
+            address(input.mean), grad_input.data_ptr(), *halves(sums), torch.get_num_threads(),
         )  # fmt: skip
         return grad_input, sums
 

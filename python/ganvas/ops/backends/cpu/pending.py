@@ -8,7 +8,7 @@ from torch import Tensor
 from ganvas import _native as native
 from ganvas.ops.backends.arguments import address
 from ganvas.ops.backends.cpu import batch_norm_leaky_relu as batch_norm
-from ganvas.ops.backends.cpu.arguments import dtype_of, empty_per_channel, rows
+from ganvas.ops.backends.cpu.arguments import dtype_of, empty_per_channel, halves
 from ganvas.ops.pending import Pending, with_statistics
 
 
@@ -98,7 +98,7 @@ def settle(grad: Tensor, sums: Tensor, pending: Pending) -> tuple[Tensor, Tensor
         return grad, sums[1].sum(0), sums[0].sum(0)
     channels = stored.shape[1]
     of_weight, of_bias = empty_per_channel(pending.weight, channels), empty_per_channel(pending.bias, channels)
-    sum, sum_deviation = rows(sums)
+    sum, sum_deviation = halves(sums)
     native.settle_pending_gradient(
         dtype_of(stored), stored.numel() // channels, channels, mean.shape[0], pending.eps, pending.negative_slope,
         pending.activation_first, pending.batch_statistics, grad.data_ptr(), stored.data_ptr(),
