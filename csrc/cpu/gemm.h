@@ -132,17 +132,19 @@ inline void product_slice(const Product& p, Index rows, Index columns) {
 }
 
 // c = a·b, or c += a·b; `columns` is a multiple of `lanes`. Each sum starts from zero every `slice` words: rounding
-// errors grow with the length of a chain of additions, and integers overflow.
+// errors grow with the length of a chain of additions, and integers overflow. A sum of nothing is zero.
 template <bool integers, bool accumulate>
 inline void product(Product p, Index rows, Index columns, Index slice) {
     const Index depth = p.depth;
-    for (Index k = 0; k < depth; k += slice) {
+    Index k = 0;
+    do {
         p.depth = smaller(slice, depth - k);
         accumulate || k > 0 ? product_slice<integers, true>(p, rows, columns)
                             : product_slice<integers, false>(p, rows, columns);
         p.a += p.depth * p.a_depth;
         p.b += p.depth * p.b_depth;
-    }
+        k += slice;
+    } while (k < depth);
 }
 
 }  // namespace ganvas::cpu::GANVAS_ISA

@@ -53,13 +53,17 @@ constexpr Index transformed_channels(Index channels) {
 template <int taps>
 struct InputSide {
     static constexpr int pixels = points_of<taps>, points = points_of<taps>;
-    static void transform(const Vector (&d)[pixels], Vector (&v)[points]) { transform_input(d, v); }
+    [[gnu::always_inline]] static void transform(const Vector (&d)[pixels], Vector (&v)[points]) {
+        transform_input(d, v);
+    }
 };
 
 template <int taps>
 struct OutputSide {
     static constexpr int pixels = tile, points = points_of<taps>;
-    static void transform(const Vector (&d)[pixels], Vector (&v)[points]) { transform_output_grad(d, v); }
+    [[gnu::always_inline]] static void transform(const Vector (&d)[pixels], Vector (&v)[points]) {
+        transform_output_grad(d, v);
+    }
 };
 
 // The first transform, along the columns of pixels: `count` of them, `column_stride` apart, whole vectors of channels
@@ -79,15 +83,16 @@ template <class T, class Side, Activation kind>
     }
 }
 
-// The second transform, along the rows of a segment's tiles. The columns of a tile are `step` apart.
+// The second transform, along the rows of a segment's tiles. The columns of a tile are `step` apart. All column points
+// are written, whichever are needed.
 template <class Side, int step>
-[[gnu::noinline]] void transform_rows(const Vector (*columns)[Side::points], Index tiles, float* destination,
-                                      Index tile_stride, Index frequency) {
+[[gnu::noinline]] void transform_rows(const Vector (*columns)[Side::points], Index tiles, Span row_points,
+                                      float* destination, Index tile_stride, Index frequency) {
     constexpr int points = Side::points;
     for (Index t = 0; t < tiles; ++t, columns += step * tile, destination += tile_stride) {
-        float* to = destination;
+        float* to = destination + row_points.first * points * frequency;
 #pragma GCC unroll 1
-        for (int y = 0; y < points; ++y, to += points * frequency) {
+        for (Index y = row_points.first; y < row_points.last; ++y, to += points * frequency) {
             Vector d[Side::pixels], v[points];
 #pragma GCC unroll 6
             for (int x = 0; x < Side::pixels; ++x) d[x] = columns[x * step][y];
@@ -105,15 +110,18 @@ template <class T, int taps, int step, Activation kind>
 void transform_segment(const Source& source, Pixel origin, const Segment& segment, const Transformed& to, Index first,
                        Index begin, Index end) {
     constexpr int points = points_of<taps>;
+    const Span row_points = segment.row_points, column_points = segment.column_points;
     Vector columns[step * (segment_limit * tile + taps - 1)][points];
     const T* image = source.image<T>(segment.image);
     const float* scales = source.pixels.scale + source.per_channel(segment.image);
     const float* shifts = source.pixels.shift + source.per_channel(segment.image);
     const Leaky leaky(source.pixels.negative_slope);
-    const Index top = step * segment.row * tile + origin.row, left = step * segment.column * tile + origin.column;
+    const Index top = step * (segment.row * tile - row_points.first) + origin.row;
+    const Index left = step * (segment.column * tile - column_points.first) + origin.column;
     const Index width = step * (segment.tiles * tile + taps - 1);
     const Index row_stride = source.width * source.channels;
-    const Index left_end = clamped(-left, 0, width), right_end = clamped(source.width - left, left_end, width);
+    const Index left_end = clamped(-left, step * column_points.first, width);
+    const Index right_end = clamped(source.width - left, left_end, width - step * (points - column_points.last));
     for (Index x = 0; x < width; ++x)
         if (x < left_end || x >= right_end)
             for (Vector& v : columns[x]) v = Vector{};
@@ -124,8 +132,8 @@ void transform_segment(const Source& source, Pixel origin, const Segment& segmen
         if (kind != Activation::identity) scale = load_lanes(scales + c, count), shift = load_lanes(shifts + c, count);
         for (int row_phase = 0; row_phase < step; ++row_phase) {
             const Index start = top + row_phase;
-            const Index from = ceiling(larger(0, -start), step);  // points inside the image
-            const Index until = smaller(points, ceiling(larger(0, source.height - start), step));
+            const Index from = larger(row_points.first, ceiling(larger(0, -start), step));  // inside the image
+            const Index until = smaller(row_points.last, ceiling(larger(0, source.height - start), step));
             const T* pixel = image + start * row_stride + (left + left_end) * source.channels + c;
             if (from == 0 && until == points && count >= lanes) {
                 transform_columns<T, InputSide<taps>, kind>(pixel, step * row_stride, source.channels,
@@ -143,7 +151,7 @@ void transform_segment(const Source& source, Pixel origin, const Segment& segmen
             }
             for (int column_phase = 0; column_phase < step; ++column_phase)
                 transform_rows<InputSide<taps>, step>(
-                    columns + column_phase, segment.tiles,
+                    columns + column_phase, segment.tiles, row_points,
                     to.at(first, (c - begin) * step * step + (row_phase * step + column_phase) * lanes), to.width,
                     to.frequency);
         }
@@ -160,29 +168,34 @@ void transform_output_segment(const Source& source, const Segment& segment, cons
     const float* scales = source.pixels.scale + source.per_channel(segment.image);
     const float* shifts = source.pixels.shift + source.per_channel(segment.image);
     const Leaky leaky(source.pixels.negative_slope);
-    const Index top = segment.row * tile, left = segment.column * tile, width = segment.tiles * tile;
+    const Index from = segment.row_points.first, left_end = segment.column_points.first;
+    const Index top = segment.row * tile - from, left = segment.column * tile - left_end, width = segment.tiles * tile;
     const Index row_stride = source.width * source.channels;
-    const Index inside_columns = clamped(source.width - left, 0, width), rows = clamped(source.height - top, 0, tile);
-    for (Index x = inside_columns; x < width; ++x)
-        for (Vector& v : columns[x]) v = Vector{};
+    const Index right_end = clamped(source.width - left, left_end, width);
+    const Index until = clamped(source.height - top, from, tile);
+    for (Index x = 0; x < width; ++x)
+        if (x < left_end || x >= right_end)
+            for (Vector& v : columns[x]) v = Vector{};
     for (Index c = begin; c < end; c += lanes) {
         const Index count = source.channels - c;
         Vector scale{}, shift{};
         if (kind != Activation::identity) scale = load_lanes(scales + c, count), shift = load_lanes(shifts + c, count);
-        const T* pixel = image + top * row_stride + left * source.channels + c;
-        if (rows == tile && count >= lanes) {
-            transform_columns<T, OutputSide<taps>, kind>(pixel, row_stride, source.channels, inside_columns, scale,
-                                                         shift, leaky, columns);
+        const T* pixel = image + top * row_stride + (left + left_end) * source.channels + c;
+        if (from == 0 && until == tile && count >= lanes) {
+            transform_columns<T, OutputSide<taps>, kind>(pixel, row_stride, source.channels, right_end - left_end,
+                                                         scale, shift, leaky, columns + left_end);
         } else {
-            for (Index x = 0; x < inside_columns; ++x, pixel += source.channels) {
+            for (Index x = left_end; x < right_end; ++x, pixel += source.channels) {
                 Vector d[tile];
                 for (int y = 0; y < tile; ++y)
-                    d[y] = y < rows ? activate<kind>(load_lanes(pixel + y * row_stride, count), scale, shift, leaky)
-                                    : Vector{};
+                    d[y] = y < from || y >= until
+                               ? Vector{}
+                               : activate<kind>(load_lanes(pixel + y * row_stride, count), scale, shift, leaky);
                 transform_output_grad(d, columns[x]);
             }
         }
-        transform_rows<OutputSide<taps>, 1>(columns, segment.tiles, to.at(first, c - begin), to.width, to.frequency);
+        transform_rows<OutputSide<taps>, 1>(columns, segment.tiles, segment.row_points, to.at(first, c - begin),
+                                            to.width, to.frequency);
     }
 }
 

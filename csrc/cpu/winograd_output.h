@@ -81,10 +81,35 @@ inline __attribute__((always_inline)) void emit(Vector value, const Destination&
     to.streams ? stream_vector(pixel, value) : store_vector(pixel, value);
 }
 
-// A tile, height × width of which exist, from its half-transformed rows. The sums of a tile are kept in registers.
+// The first transform, along columns of products, of points [first, last). The first row is that of output `first`.
+template <int first, int last, int points>
+inline void transform_columns(const float* m, Index frequency, Span needed, Vector (&rows)[tile][points]) {
+    for (Index x = needed.first; x < needed.last; ++x) {
+        Vector d[points], v[tile];
+        for (int y = 0; y < points; ++y)
+            d[y] = y < first || y >= last ? Vector{} : load_vector(m + (y * points + x) * frequency);
+        transform_output(d, v);
+        for (int y = first; y < tile; ++y) rows[y - first][x] = v[y];
+    }
+}
+
+// The same of a segment's tile. Points that it has no products at are zero.
+template <int points>
+inline void transform_columns(const float* m, Index frequency, const Segment& segment, Vector (&rows)[tile][points]) {
+    const Span ys = segment.row_points, xs = segment.column_points;
+    if (segment.whole(points)) return transform_columns<0, points>(m, frequency, {0, points}, rows);
+    if (xs.last < points)
+        for (auto& row : rows) row[0] = row[points - 1] = Vector{};
+    if (ys.last == points) return transform_columns<0, points>(m, frequency, xs, rows);
+    ys.first == 0 ? transform_columns<0, points - 1>(m, frequency, xs, rows)
+                  : transform_columns<1, points - 1>(m, frequency, xs, rows);
+}
+
+// A tile, height × width of which exist, from its half-transformed rows, whose first `skipped` outputs are not among
+// them. The sums of a tile are kept in registers.
 template <class T, int points, Output kind>
 inline void write_tile(const Vector (&rows)[tile][points], const Destination& to, Index corner, Index height,
-                       Index width, Leaky leaky, Channels& of) {
+                       Index width, Index skipped, Leaky leaky, Channels& of) {
     const Index pixel_stride = to.step * to.channels, row_stride = to.width * pixel_stride;
     Vector sum{}, square{};
     if (height == tile && width == tile && of.count >= lanes) {
@@ -105,8 +130,11 @@ inline void write_tile(const Vector (&rows)[tile][points], const Destination& to
         for (Index y = 0; y < height; ++y) {
             Vector v[tile];
             transform_output(rows[y], v);
-            for (Index x = 0; x < width; ++x)
-                emit<T, kind, false>(v[x], to, corner + y * row_stride + x * pixel_stride, leaky, of, sum, square);
+#pragma GCC unroll 4
+            for (int x = 0; x < tile; ++x)  // so that v stays in registers
+                if (x >= skipped && x < skipped + width)
+                    emit<T, kind, false>(v[x], to, corner + y * row_stride + (x - skipped) * pixel_stride, leaky, of,
+                                         sum, square);
         }
     }
     of.sum += sum;
@@ -114,12 +142,13 @@ inline void write_tile(const Vector (&rows)[tile][points], const Destination& to
 }
 
 template <int points, Output kind>
-inline Vector tile_mean(const Vector (&rows)[tile][points], Index height, Index width, Leaky leaky, Vector bias) {
+inline Vector tile_mean(const Vector (&rows)[tile][points], Index height, Index width, Index skipped, Leaky leaky,
+                        Vector bias) {
     Vector sum{};
     for (Index y = 0; y < height; ++y) {
         Vector v[tile];
         transform_output(rows[y], v);
-        for (Index x = 0; x < width; ++x)
+        for (Index x = skipped; x < skipped + width; ++x)
             sum += kind == Output::statistics ? v[x] + bias : leaky_relu(v[x] + bias, leaky);
     }
     return sum / static_cast<float>(height * width);
@@ -128,9 +157,10 @@ inline Vector tile_mean(const Vector (&rows)[tile][points], Index height, Index 
 // y = Aᵀ m A of one phase of some segments' tiles, channels [begin, end). Two numbers per channel are kept of them:
 // mean and squared deviations, or Σg and Σg·(x − mean).
 template <class T, int taps, Output kind>
-void write_block(const Destination& to, Pixel phase, const Tiles& tiles, Index first_segment, Index last_segment,
-                 Index begin, Index end, const Transformed& from, Index first_tile, double* sums) {
+void write_block(const Destination& to, Pixel phase, const Order& order, Index first_segment, Index last_segment,
+                 Index begin, Index end, const Transformed& from, double* sums) {
     constexpr int points = points_of<taps>;
+    const Tiles& tiles = order.tiles;
     const Leaky leaky(goes_backward<kind> ? to.pending.negative_slope : to.negative_slope);
     const Map map = to.phase_map(phase);
     const Index group = tiles.segment(first_segment).image / to.group_images;
@@ -138,11 +168,12 @@ void write_block(const Destination& to, Pixel phase, const Tiles& tiles, Index f
         const Index vectors = smaller(strip_vectors, ceiling(end - strip, lanes));
         Channels channels[strip_vectors];
         for (Index i = 0; i < vectors; ++i) channels[i] = channels_of<kind>(to, group, strip + i * lanes, end);
-        Index pixels = 0, t = first_tile;
+        Index pixels = 0;
         for (Index index = first_segment; index < last_segment; ++index) {
             const Segment segment = tiles.segment(index);
-            const Index height = inside(map.height, segment.row);
+            const Index height = inside(map.height, segment.row), skipped = segment.column_points.first;
             const Index row = segment.image * to.height + to.step * segment.row * tile + phase.row;
+            Index t = order.of(index);
             for (Index column = segment.column; column < segment.column + segment.tiles; ++column, ++t) {
                 const Index width = inside(map.width, column);
                 if (height * width == 0) continue;
@@ -150,16 +181,11 @@ void write_block(const Destination& to, Pixel phase, const Tiles& tiles, Index f
                 for (Index i = 0; i < vectors; ++i) {
                     const float* m = from.at(t, strip - begin + i * lanes);
                     Vector rows[tile][points];
-                    for (int x = 0; x < points; ++x) {
-                        Vector d[points], v[tile];
-                        for (int y = 0; y < points; ++y) d[y] = load_vector(m + (y * points + x) * from.frequency);
-                        transform_output(d, v);
-                        for (int y = 0; y < tile; ++y) rows[y][x] = v[y];
-                    }
+                    transform_columns<points>(m, from.frequency, segment, rows);
                     Channels& of = channels[i];
                     if (takes_statistics<kind> && pixels == 0)  // deviations from a near mean: nothing cancels
-                        of.pivot = tile_mean<points, kind>(rows, height, width, leaky, of.bias);
-                    write_tile<T, points, kind>(rows, to, corner + i * lanes, height, width, leaky, of);
+                        of.pivot = tile_mean<points, kind>(rows, height, width, skipped, leaky, of.bias);
+                    write_tile<T, points, kind>(rows, to, corner + i * lanes, height, width, skipped, leaky, of);
                 }
                 pixels += height * width;
             }
@@ -178,8 +204,8 @@ void write_block(const Destination& to, Pixel phase, const Tiles& tiles, Index f
     }
 }
 
-using WriteBlock = void (*)(const Destination&, Pixel phase, const Tiles&, Index first_segment, Index last_segment,
-                            Index begin, Index end, const Transformed&, Index first_tile, double* sums);
+using WriteBlock = void (*)(const Destination&, Pixel phase, const Order&, Index first_segment, Index last_segment,
+                            Index begin, Index end, const Transformed&, double* sums);
 
 template <class T, int taps>
 WriteBlock write_of(Output kind) {

@@ -80,19 +80,20 @@ struct Parts {
     }
 };
 
-// M[f] = V[f]·U[f], or M[f] += if k > 0, for `count` tiles, `depth` words of each from k on, and `width` columns.
+// M[f] = V[f]·U[f], or M[f] += if k > 0, for tiles `rows`, `depth` words of each from k on, and `width` columns.
 template <bool integers>
-inline void multiply(const Left<integers>& v, const Transformed& m, Index f, Index count, Index k, Index depth,
+inline void multiply(const Left<integers>& v, const Transformed& m, Index f, Span rows, Index k, Index depth,
                      const float* u, const float* scales, Index width, Index column) {
-    const Product p{v.words.at(0, k) + f * v.words.frequency,
+    const Index count = rows.last - rows.first;
+    const Product p{v.words.at(rows.first, k) + f * v.words.frequency,
                     v.words.width,
                     1,
                     u,
                     width,
-                    m.at(0, column) + f * m.frequency,
+                    m.at(rows.first, column) + f * m.frequency,
                     m.width,
                     depth,
-                    v.scales + f,
+                    v.scales + rows.first * v.scale_stride + f,
                     scales,
                     v.scale_stride};
     constexpr Index slice = integers ? integer_slice : channel_slice;
@@ -126,8 +127,8 @@ void run_blocks(const Pass& pass, const Tiles& tiles, const Blocks& blocks, int 
     const Index splits = smaller(panels, ceiling(2 * threads, phased_blocks));
     const Index split_columns = ceiling(panels, splits) * tile_columns;
 
-    Left<integers> v(frequencies, blocks.room(tiles), depth);
-    Transformed m(frequencies, blocks.room(tiles), smaller(block_columns, split_columns));
+    Left<integers> v(frequencies, blocks.room, depth);
+    Transformed m(frequencies, blocks.room, smaller(block_columns, split_columns));
     Right<taps, step, integers> u(pass.walk.taps, columns, pass.walk.phase_count);
     const std::size_t sum_bytes = Parts::bytes(pass, blocks);
     const std::size_t room = v.bytes() + v.segment_bytes() + Workspace::padded(m.bytes());
@@ -164,20 +165,21 @@ void run_blocks(const Pass& pass, const Tiles& tiles, const Blocks& blocks, int 
             const Index split = item % splits, part = item / splits;
             const Index block = part / pass.walk.phase_count, number = part % pass.walk.phase_count;
             const Phase& phase = pass.walk.phases[number];
-            const Index first = blocks.first(block), last = blocks.last(block), origin = tiles.before(first);
+            const Index first = blocks.first(block), last = blocks.last(block);
+            const Order order(tiles, first, last);
             for (Index s = first; s < last; ++s)
-                v.take(transform, pass.source, phase.origin, tiles.segment(s), tiles.before(s) - origin);
+                v.take(transform, pass.source, phase.origin, tiles.segment(s), order.of(s));
             const Index split_end = smaller(columns, (split + 1) * split_columns);
             for (Index from = split * split_columns; from < split_end; from += m.width) {
                 const Index until = smaller(split_end, from + m.width);
-                for (Index f = 0; f < frequencies; ++f)
-                    for (Index panel = from; panel < until; panel += tile_columns) {
+                for (Index f = 0; f < frequencies; ++f) {
+                    const Span rows = needing<taps>(order, f);
+                    for (Index panel = from; panel < until; panel += tile_columns)
                         for (Index k = 0; k < u.words; k += v.words.width)
-                            multiply(v, m, f, tiles.before(last) - origin, k, smaller(v.words.width, u.words - k),
-                                     u.at(number, f, panel, k), u.scales_at(number, f, panel), u.width(panel),
-                                     panel - from);
-                    }
-                write(to, phase.pixel, tiles, first, last, from, smaller(until, to.channels), m, 0,
+                            multiply(v, m, f, rows, k, smaller(v.words.width, u.words - k), u.at(number, f, panel, k),
+                                     u.scales_at(number, f, panel), u.width(panel), panel - from);
+                }
+                write(to, phase.pixel, order, first, last, from, smaller(until, to.channels), m,
                       parts.of(block, number));
             }
         }
@@ -195,8 +197,8 @@ void run_waves(const Pass& pass, const Tiles& tiles, const Blocks& blocks, int t
     const Destination& to = pass.destination;
     const Index depth = depth_of<step>(pass.walk.taps), columns = whole_vectors(to.channels);
     const Index wave_tiles = wave_output_bytes / (frequencies * tile_columns * static_cast<Index>(sizeof(float)));
-    const Index waves = ceiling(blocks.count, larger(1, wave_tiles / blocks.room(tiles)));
-    const Index wave = ceiling(blocks.count, waves), room = wave * blocks.room(tiles);
+    const Index waves = ceiling(blocks.count, larger(1, wave_tiles / blocks.room));
+    const Index wave = ceiling(blocks.count, waves), room = wave * blocks.room;
 
     Left<integers> v(frequencies, room, depth);
     Transformed m(frequencies, room, tile_columns);
@@ -235,12 +237,13 @@ void run_waves(const Pass& pass, const Tiles& tiles, const Blocks& blocks, int t
         }
         for (Index block = 0; block < blocks.count; block += wave) {
             const Index block_end = smaller(blocks.count, block + wave);
-            const Index first = blocks.first(block), last = blocks.last(block_end - 1), origin = tiles.before(first);
+            const Index first = blocks.first(block), last = blocks.last(block_end - 1);
+            const Order order(tiles, first, last);
 #pragma omp for schedule(static)
             for (Index item = 0; item < (last - first) * pass.walk.phase_count; ++item) {
                 const Index s = first + item / pass.walk.phase_count, phase = item % pass.walk.phase_count;
                 input_of(phase).take(transform, pass.source, pass.walk.phases[phase].origin, tiles.segment(s),
-                                     tiles.before(s) - origin);
+                                     order.of(s));
             }
 #pragma omp for schedule(dynamic, 1)
             for (Index item = 0; item < pass.walk.phase_count * panels; ++item) {
@@ -251,13 +254,12 @@ void run_waves(const Pass& pass, const Tiles& tiles, const Blocks& blocks, int t
                     const Index end = smaller(u.words, k + left.words.width);
                     u.fill(number, phase.weight, panel, k, end, piece, u_frequency);
                     for (Index f = 0; f < frequencies; ++f)
-                        multiply(left, m, f, tiles.before(last) - origin, k, end - k, piece + f * u_frequency,
+                        multiply(left, m, f, needing<taps>(order, f), k, end - k, piece + f * u_frequency,
                                  u.scales_at(number, f, panel), u.width(panel), 0);
                 }
                 for (Index b = block; b < block_end; ++b)
-                    write(to, phase.pixel, tiles, blocks.first(b), blocks.last(b), panel,
-                          smaller(panel + u.width(panel), to.channels), m, tiles.before(blocks.first(b)) - origin,
-                          parts.of(b, number));
+                    write(to, phase.pixel, order, blocks.first(b), blocks.last(b), panel,
+                          smaller(panel + u.width(panel), to.channels), m, parts.of(b, number));
             }
         }
         if (to.streams) stream_fence();
@@ -269,16 +271,16 @@ template <int taps, int step, bool integers, class Finish>
 void run(const Pass& pass, Index images, int threads, Finish finish) {
     constexpr Index frequencies = points_of<taps> * points_of<taps>;
     const Destination& to = pass.destination;
-    const Tiles tiles(images, ceiling(to.height, to.step), ceiling(to.width, to.step));
+    const Tiles tiles(images, ceiling(to.height, to.step), ceiling(to.width, to.step), points_of<taps>);
     const Index depth = depth_of<step>(pass.walk.taps), columns = whole_vectors(to.channels);
-    const Index all = tiles.before(tiles.segments);
     const Index weight_bytes = frequencies * depth * columns * 4;
     if (weight_bytes >= wave_weight_bytes)
         return run_waves<taps, step, integers>(pass, tiles, Blocks(tiles, pass.groups, block_tiles_most), threads,
                                                finish);
     // Small maps: enough blocks that each thread gets some, before the tiles become too few for the products.
     const Index cached = clamped(block_input_bytes / (frequencies * 4 * depth), block_tiles_least, block_tiles_most);
-    const Index target = larger(block_tiles_least, smaller(cached, ceiling(all * pass.walk.phase_count, 2 * threads)));
+    const Index target =
+        larger(block_tiles_least, smaller(cached, ceiling(tiles.count * pass.walk.phase_count, 2 * threads)));
     run_blocks<taps, step, integers>(pass, tiles, Blocks(tiles, pass.groups, target), threads, finish);
 }
 

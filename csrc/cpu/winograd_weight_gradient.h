@@ -8,6 +8,8 @@
 
 #include <omp.h>
 
+#include <vector>
+
 #include "winograd_factors.h"
 
 namespace ganvas::cpu::GANVAS_ISA {
@@ -27,14 +29,17 @@ struct WeightGradient {
     bool integers;  // products may be of them
 };
 
-// Makes integers of `width` numbers of `count` tiles, in words of tiles t and t + 1; after the last of an odd number of
-// tiles comes a zero. A number's largest magnitude among the tiles becomes `most`; scales[f*stride + number] is what
-// one stands for.
-inline void round_tiles(const Transformed& from, Index frequencies, Index count, Index width, float most,
-                        const Transformed& to, Index row, Index number, float* scales, Index stride) {
-    for (Index f = 0; f < frequencies; ++f)
+// Makes integers of `width` numbers of the tiles that need each frequency, in words of tiles t and t + 1; after the
+// last of an odd number of tiles comes a zero. A number's largest magnitude among the tiles becomes `most`;
+// scales[f*stride + number] is what one stands for.
+template <int taps>
+void round_tiles(const Transformed& from, const Order& order, Index width, float most, const Transformed& to, Index row,
+                 Index number, float* scales, Index stride) {
+    for (Index f = 0; f < points_of<taps> * points_of<taps>; ++f) {
+        const Span rows = needing<taps>(order, f);
+        const Index count = rows.last - rows.first;
         for (Index i = 0; i < width; i += lanes) {
-            const float* values = from.at(0, i) + f * from.frequency;
+            const float* values = from.at(rows.first, i) + f * from.frequency;
             VectorBits largest{};
             for (Index t = 0; t < count; ++t)
                 largest = larger_lanes(largest, magnitude(load_vector(values + t * from.width)));
@@ -47,6 +52,7 @@ inline void round_tiles(const Transformed& from, Index frequencies, Index count,
                 std::memcpy(words, &word, sizeof word);
             }
         }
+    }
 }
 
 // One factor of the products in a wave: floats, a row for each tile; or integers, a row for two tiles of a run.
@@ -83,15 +89,19 @@ struct Factor {
 template <int taps, int step, bool integers>
 void weight_gradient(const WeightGradient& args, Index images, int threads) {
     constexpr Index frequencies = points_of<taps> * points_of<taps>;
-    const Tiles tiles(images, args.destination.height, args.destination.width);
+    const Tiles tiles(images, args.destination.height, args.destination.width, points_of<taps>);
     const Index depth = depth_of<step>(args.taps), columns = whole_vectors(args.taps.columns);
-    const Index all = tiles.before(tiles.segments);
-    const Blocks runs(tiles, 1, integers ? smaller(run_tiles, ceiling(all, threads)) : 1);
+    const Blocks runs(tiles, 1, integers ? smaller(run_tiles, ceiling(tiles.count, threads)) : 1);
     const Index target = larger(wave_tiles_least, wave_bytes / (frequencies * (integers ? 2 : 4) * (depth + columns)));
     // Waves of about the same length: runs of one.
-    const Index waves = ceiling(all, target), wave = ceiling(runs.count, waves);
-    const Index room = runs.room(tiles);
-    Factor<integers> v(frequencies, wave, room, depth, left_limit), d(frequencies, wave, room, columns, right_limit);
+    const Index waves = ceiling(tiles.count, target), wave = ceiling(runs.count, waves);
+    Factor<integers> v(frequencies, wave, runs.room, depth, left_limit);
+    Factor<integers> d(frequencies, wave, runs.room, columns, right_limit);
+    // Tiles that are multiplied together: a run's as integers, a wave's as floats.
+    const Index together = integers ? 1 : wave;
+    std::vector<Order> orders;
+    for (Index run = 0; run < runs.count; run += together)
+        orders.emplace_back(tiles, runs.first(run), runs.last(smaller(run + together, runs.count) - 1));
     // A piece of dU: channels of V's chunk by channels of D's, for every frequency. If there is but one wave and pieces
     // enough, a thread turns each into the weight's gradient as soon as it is made, and dU is never written.
     const Index u_frequency = v.words.width * d.words.width + stagger, pieces = v.words.chunks * d.words.chunks;
@@ -111,26 +121,26 @@ void weight_gradient(const WeightGradient& args, Index images, int threads) {
     const auto piece_of = [&](Index number) {
         return reinterpret_cast<float*>(u + Workspace::padded(u_bytes) * static_cast<std::size_t>(number));
     };
+    const auto order_of = [&](Index run) -> const Order& { return orders[static_cast<std::size_t>(run / together)]; };
     // Takes a run of the wave that begins with run `first` through transform_run(segment, to, tile, begin, end).
     const auto take = [&](const Factor<integers>& factor, Index first, Index run, Index channels, Index phases,
                           auto transform_run) {
-        const Index from = runs.first(run), until = runs.last(run), origin = tiles.before(from);
+        const Index from = runs.first(run), until = runs.last(run);
+        const Order& order = order_of(run);
         if constexpr (integers) {
             Transformed part = factor.part;
             part.values = reinterpret_cast<float*>(parts + part_bytes * static_cast<std::size_t>(omp_get_thread_num()));
             const Index stretch = factor.part_width / phases;
             for (Index c = 0; c < channels; c += stretch) {
                 const Index end = smaller(channels, c + stretch);
-                for (Index s = from; s < until; ++s)
-                    transform_run(tiles.segment(s), part, tiles.before(s) - origin, c, end);
-                round_tiles(part, frequencies, tiles.before(until) - origin, whole_vectors(end - c) * phases,
-                            factor.limit, factor.words, (run - first) * factor.run_rows, c * phases,
-                            factor.scales_of(run - first, 0) + c * phases, whole_vectors(factor.depth));
+                for (Index s = from; s < until; ++s) transform_run(tiles.segment(s), part, order.of(s), c, end);
+                round_tiles<taps>(part, order, whole_vectors(end - c) * phases, factor.limit, factor.words,
+                                  (run - first) * factor.run_rows, c * phases,
+                                  factor.scales_of(run - first, 0) + c * phases, whole_vectors(factor.depth));
             }
         } else {
             for (Index s = from; s < until; ++s)
-                transform_run(tiles.segment(s), factor.words, tiles.before(s) - tiles.before(runs.first(first)), 0,
-                              channels);
+                transform_run(tiles.segment(s), factor.words, order.of(s), 0, channels);
         }
     };
     const auto multiply = [&](Index piece, Index f, Index first, Index last, float* to) {
@@ -147,8 +157,8 @@ void weight_gradient(const WeightGradient& args, Index images, int threads) {
         if constexpr (integers) {
             p.row_scale_stride = 1;
             for (Index run = first; run < last; ++run) {
-                const Index count = tiles.before(runs.last(run)) - tiles.before(runs.first(run));
-                p.depth = ceiling(count, 2);
+                const Span terms = needing<taps>(order_of(run), f);
+                p.depth = ceiling(terms.last - terms.first, 2);
                 p.row_scale = v.scales_of(run - first, f) + k;
                 p.column_scale = d.scales_of(run - first, f) + n;
                 run > 0 ? product_slice<true, true>(p, rows, width) : product_slice<true, false>(p, rows, width);
@@ -156,7 +166,10 @@ void weight_gradient(const WeightGradient& args, Index images, int threads) {
                 p.b += d.run_rows * d.words.width;
             }
         } else {
-            p.depth = tiles.before(runs.last(last - 1)) - tiles.before(runs.first(first));
+            const Span terms = needing<taps>(order_of(first), f);
+            p.a += terms.first * v.words.width;
+            p.b += terms.first * d.words.width;
+            p.depth = terms.last - terms.first;
             first > 0 ? product<false, true>(p, rows, width, tile_slice)
                       : product<false, false>(p, rows, width, tile_slice);
         }

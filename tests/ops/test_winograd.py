@@ -282,6 +282,8 @@ AWKWARD = {
     "several segments in a row": Case(height=5, width=111, groups=2),
     "a tall image": Case(height=61, width=2, padding=2, weight_format=torch.channels_last),
     "few tiles, many channels": Case(images=1, in_channels=200, out_channels=300, height=4, width=4),
+    "few tiles, none of them whole": Case(images=3, in_channels=200, out_channels=300, height=6, width=9, groups=3),
+    "and as integers": Case(images=3, in_channels=200, out_channels=300, height=2, width=7, dtype=torch.bfloat16),
     "many images of one tile": Case(images=33, height=2, width=3, groups=3, kind="kink_affine"),
     "bfloat16 tails": Case(in_channels=19, out_channels=21, height=6, width=10, dtype=torch.bfloat16, groups=2),
 }
@@ -292,6 +294,21 @@ def test_awkward_shapes_are_as_accurate_as_torch(accuracy, name):
     compare_with_torch(accuracy, AWKWARD[name])
 
 
+# Along an axis: maps of one, two and three outputs more than whole tiles, and of none more.
+SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 14, 15, 17, 30)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("padding", [0, 1, 2])
+@pytest.mark.parametrize("apart", [0, 3, 6])
+def test_maps_that_tiles_do_not_fill_are_as_accurate_as_torch(accuracy, apart, padding, dtype):
+    """All pairs of remainders; blocks and runs of tiles begin and end anywhere in an image."""
+    for height, width in zip(SIZES, SIZES[apart:] + SIZES[:apart]):
+        if min(height, width) + 2 * padding >= 3:
+            case = Case(3, 18, 50, height, width, padding, groups=2, dtype=dtype, seed=height)
+            compare_with_torch(accuracy, case)
+
+
 ISAS = native.build_info()["cpu_isas"]
 
 
@@ -300,7 +317,8 @@ ISAS = native.build_info()["cpu_isas"]
 )
 def test_lesser_instruction_sets_pass_the_same_tests(isa):
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "awkward or not_finite"],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__,
+         "-k", "awkward or not_finite or do_not_fill"],
         env={**os.environ, "GANVAS_CPU_ISA": isa}, capture_output=True, text=True, timeout=300,
         cwd=Path(__file__).parents[2],
     )  # fmt: skip
