@@ -18,7 +18,7 @@ import ganvas
 import workloads
 from ganvas.ops.gan_loss import KINDS
 from memory import activation_bytes, peak_bytes
-from shapes import ACTIVATIONS, CHAINS, LOGITS, UPSAMPLED, MapShape
+from shapes import ACTIVATIONS, BOTTLENECKS, CHAINS, LOGITS, UPSAMPLED, MapShape
 from timing import Timing, interleaved
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -97,6 +97,7 @@ def chains(name: str, dtype: torch.dtype, arguments: argparse.Namespace) -> Iter
     for title, shapes, make in (
         ("Four conv3×3-BN-LeakyReLU layers", CHAINS, workloads.conv_chain),
         ("Nearest-2× upsampling, conv3×3, BN, LeakyReLU", UPSAMPLED, workloads.upsampled_convolution),
+        ("ResNet bottleneck: conv1×1, conv3×3, conv1×1, each with BN, and ReLU", BOTTLENECKS, workloads.bottleneck),
     ):
         yield f"{title}, {name}; `best`: against the faster of the two\n"
         yield _header(

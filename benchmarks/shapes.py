@@ -54,6 +54,9 @@ CHAINS = (
 # Inputs of nearest-2× upsampling and a 3×3 convolution.
 UPSAMPLED = (MapShape(64, 128, 16), MapShape(128, 128, 7), MapShape(128, 128, 14), MapShape(32, 64, 32))
 
+# Inputs of bottlenecks, whose 3×3 convolution has a quarter of the channels.
+BOTTLENECKS = (MapShape(8, 256, 56), MapShape(8, 512, 28), MapShape(32, 256, 16))
+
 LOGITS = (64, 128, 1024, 115200)
 
 

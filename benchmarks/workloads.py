@@ -169,6 +169,24 @@ def upsampled_convolution(shape: MapShape, dtype: torch.dtype, *, compiled: bool
     return _network(str(shape), layers, shape, dtype, compiled)
 
 
+def bottleneck(shape: MapShape, dtype: torch.dtype, *, compiled: bool) -> Work:
+    """A block of a ResNet: 1×1, 3×3 and 1×1 convolutions with BatchNorm and ReLU, and the input added."""
+    return _network(str(shape), [_Bottleneck(shape.channels, shape.channels // 4)], shape, dtype, compiled)
+
+
+class _Bottleneck(nn.Module):
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(channels, width, 1, bias=False), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+        self.conv3, self.bn3 = nn.Conv2d(width, channels, 1, bias=False), nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = F.relu(self.bn2(self.conv2(y)))
+        return F.relu(self.bn3(self.conv3(y)) + x)
+
+
 def conv_layer(shape: LayerShape) -> list[nn.Module]:
     """The convolution of ``shape`` (after its upsampling), BatchNorm, LeakyReLU(0.2)."""
     channels, size = (shape.in_channels, shape.out_channels), CONVOLUTIONS[shape.kind].kernel_size

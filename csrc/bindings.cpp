@@ -12,12 +12,12 @@
 #include <vector>
 
 #include "cpu/batch_norm_leaky_relu.h"
+#include "cpu/convolutions.h"
 #include "cpu/gan_loss.h"
 #include "cpu/isa.h"
 #include "cpu/matrix_product.h"
 #include "cpu/max_pool.h"
 #include "cpu/pending_gradient.h"
-#include "cpu/winograd.h"
 #include "cpu/workspace.h"
 #if GANVAS_WITH_CUDA
 #include "cuda/batch_norm_leaky_relu.h"
@@ -181,6 +181,15 @@ using Strides = std::array<std::int64_t, 4>;
 
 // A convolution's output along one axis, whose kernel lies in the name.
 using OutputLength = std::int64_t (*)(std::int64_t length, std::int64_t padding);
+
+std::int64_t length_1x1(std::int64_t length, std::int64_t padding) {
+    require(padding == 0, "a 1×1 kernel's padding must be 0; got ", padding);
+    return length;
+}
+
+std::int64_t length_1x1_stride2(std::int64_t length, std::int64_t padding) {
+    return (length_1x1(length, padding) + 1) / 2;
+}
 
 std::int64_t length_3x3(std::int64_t length, std::int64_t padding) {
     return length + 2 * padding - 2;
@@ -680,14 +689,16 @@ PYBIND11_MODULE(_native, module, py::mod_gil_not_used()) {
     module.def("batch_norm_leaky_relu_backward", batch_norm_leaky_relu_backward_, without_gil);
     module.def("batch_norm_add_leaky_relu_forward", batch_norm_add_leaky_relu_forward_, without_gil);
     module.def("batch_norm_add_leaky_relu_backward", batch_norm_add_leaky_relu_backward_, without_gil);
-#define DEFINE_CONVOLUTION(name, length)                                                                           \
-    module.def(#name "_forward", convolution_forward_<length, name##_forward>, without_gil);                       \
-    module.def(#name "_forward_statistics", convolution_forward_statistics_<length, name##_forward>, without_gil); \
-    module.def(#name "_backward_input", convolution_backward_input_<length, name##_backward_input>, without_gil);  \
-    module.def(#name "_backward_weight", convolution_backward_weight_<length, name##_backward_weight>, without_gil);
-    DEFINE_CONVOLUTION(winograd, length_3x3)
-    DEFINE_CONVOLUTION(winograd_stride2, length_4x4_stride2)
-    DEFINE_CONVOLUTION(winograd_stride2_transposed, length_4x4_stride2_transposed)
+#define DEFINE_CONVOLUTION(name, kernel, length)                                                                     \
+    module.def(#name "_forward", convolution_forward_<length, kernel##_forward>, without_gil);                       \
+    module.def(#name "_forward_statistics", convolution_forward_statistics_<length, kernel##_forward>, without_gil); \
+    module.def(#name "_backward_input", convolution_backward_input_<length, kernel##_backward_input>, without_gil);  \
+    module.def(#name "_backward_weight", convolution_backward_weight_<length, kernel##_backward_weight>, without_gil);
+    DEFINE_CONVOLUTION(conv1x1, conv1x1, length_1x1)
+    DEFINE_CONVOLUTION(conv1x1_stride2, conv1x1, length_1x1_stride2)
+    DEFINE_CONVOLUTION(winograd, winograd, length_3x3)
+    DEFINE_CONVOLUTION(winograd_stride2, winograd_stride2, length_4x4_stride2)
+    DEFINE_CONVOLUTION(winograd_stride2_transposed, winograd_stride2_transposed, length_4x4_stride2_transposed)
 #undef DEFINE_CONVOLUTION
     module.def("max_pool_forward", max_pool_forward_, without_gil);
     module.def("max_pool_backward", max_pool_backward_, without_gil);

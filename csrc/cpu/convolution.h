@@ -10,7 +10,7 @@ namespace ganvas::cpu {
 
 struct ConvolutionShape {
     Dtype dtype;    // of every tensor of pixels; weights and per-channel values are float32
-    bool integers;  // products may be of 16-bit integers (winograd_factors.h)
+    bool integers;  // products may be coarser: of 16-bit integers (winograd_factors.h), or of bfloat16 numbers
     std::int64_t batch;
     std::int64_t height, width;              // of the input
     std::int64_t out_height, out_width;      // H', W'

@@ -17,18 +17,24 @@ constexpr int tile_rows = 12 / vectors;
 #endif
 constexpr Index tile_columns = tile_vectors * lanes;
 
-// Of what a and b are made, in words of 32 bits: floats, or two 16-bit integers each that are neighbours along the sum.
+// Of what a and b are made, in words of 32 bits: floats, or two numbers of 16 bits each that are neighbours along the
+// sum.
+enum class Elements { floats, int16_pairs, bfloat16_pairs };
+
 template <bool integers>
+constexpr Elements elements_of = integers ? Elements::int16_pairs : Elements::floats;
+
+template <Elements elements>
 struct Words {
     using Values = Vector;
+    using Sums = Vector;
     static Values load(const float* words) { return load_vector(words); }
     static Values repeat(const float* word) { return broadcast(*word); }
     static void multiply_add(Values& sum, Values left, Values right) { sum += left * right; }
 };
 
 #if defined(__AVX512F__)
-template <>
-struct Words<true> {
+struct Pairs {
     using Values = VectorInts;
     static Values load(const float* words) {
         Values result;
@@ -40,8 +46,21 @@ struct Words<true> {
         std::memcpy(&bits, word, sizeof bits);
         return bits + Values{};
     }
-    static void multiply_add(Values& sum, Values left, Values right) {
+};
+
+template <>
+struct Words<Elements::int16_pairs> : Pairs {
+    using Sums = VectorInts;
+    static void multiply_add(Sums& sum, Values left, Values right) {
         asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(left), "v"(right));  // only where has_int16_products()
+    }
+};
+
+template <>
+struct Words<Elements::bfloat16_pairs> : Pairs {
+    using Sums = Vector;
+    static void multiply_add(Sums& sum, Values left, Values right) {
+        asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(left), "v"(right));  // only where has_bfloat16_products()
     }
 };
 #endif
@@ -59,10 +78,10 @@ struct Product {
 };
 
 // Not inlined: registers are all the accumulators', whatever surrounds a call.
-template <int rows, int vectors, bool integers, bool accumulate>
+template <int rows, int vectors, Elements elements, bool accumulate>
 [[gnu::noinline]] void product_tile(const Product& p, Index row, Index column) {
-    using W = Words<integers>;
-    typename W::Values sum[rows][vectors] = {};
+    using W = Words<elements>;
+    typename W::Sums sum[rows][vectors] = {};
     // A pointer reaches three rows by addressing modes alone, so that no register is spilled.
     const float* a[(rows + 2) / 3];
 #pragma GCC unroll 4
@@ -88,7 +107,7 @@ template <int rows, int vectors, bool integers, bool accumulate>
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; ++v) {
             Vector value;
-            if constexpr (integers) {
+            if constexpr (elements == Elements::int16_pairs) {
                 const Vector column_scale = load_vector(p.column_scale + column + v * lanes);
                 value = __builtin_convertvector(sum[r][v], Vector) *
                         (p.row_scale[(row + r) * p.row_scale_stride] * column_scale);
@@ -101,46 +120,46 @@ template <int rows, int vectors, bool integers, bool accumulate>
 }
 
 // The last rows, fewer than a tile has.
-template <int rows, int vectors, bool integers, bool accumulate>
+template <int rows, int vectors, Elements elements, bool accumulate>
 inline void product_rest(const Product& p, Index rest, Index row, Index column) {
-    if (rest == rows) return product_tile<rows, vectors, integers, accumulate>(p, row, column);
-    if constexpr (rows > 1) product_rest<rows - 1, vectors, integers, accumulate>(p, rest, row, column);
+    if (rest == rows) return product_tile<rows, vectors, elements, accumulate>(p, row, column);
+    if constexpr (rows > 1) product_rest<rows - 1, vectors, elements, accumulate>(p, rest, row, column);
 }
 
-template <int vectors, bool integers, bool accumulate>
+template <int vectors, Elements elements, bool accumulate>
 inline void product_column(const Product& p, Index rows, Index column) {
     constexpr int whole = tile_rows<vectors>;
     Index row = 0;
-    for (; row + whole <= rows; row += whole) product_tile<whole, vectors, integers, accumulate>(p, row, column);
-    if (row < rows) product_rest<whole - 1, vectors, integers, accumulate>(p, rows - row, row, column);
+    for (; row + whole <= rows; row += whole) product_tile<whole, vectors, elements, accumulate>(p, row, column);
+    if (row < rows) product_rest<whole - 1, vectors, elements, accumulate>(p, rows - row, row, column);
 }
 
 // The last vectors of a row, fewer than a tile has.
-template <int vectors, bool integers, bool accumulate>
+template <int vectors, Elements elements, bool accumulate>
 inline void product_last_column(const Product& p, Index rows, Index rest, Index column) {
-    if (rest == vectors) return product_column<vectors, integers, accumulate>(p, rows, column);
-    if constexpr (vectors > 1) product_last_column<vectors - 1, integers, accumulate>(p, rows, rest, column);
+    if (rest == vectors) return product_column<vectors, elements, accumulate>(p, rows, column);
+    if constexpr (vectors > 1) product_last_column<vectors - 1, elements, accumulate>(p, rows, rest, column);
 }
 
-template <bool integers, bool accumulate>
+template <Elements elements, bool accumulate>
 inline void product_slice(const Product& p, Index rows, Index columns) {
     Index column = 0;
     for (; column + tile_columns <= columns; column += tile_columns)
-        product_column<tile_vectors, integers, accumulate>(p, rows, column);
+        product_column<tile_vectors, elements, accumulate>(p, rows, column);
     if (column < columns)
-        product_last_column<tile_vectors - 1, integers, accumulate>(p, rows, (columns - column) / lanes, column);
+        product_last_column<tile_vectors - 1, elements, accumulate>(p, rows, (columns - column) / lanes, column);
 }
 
 // c = a·b, or c += a·b; `columns` is a multiple of `lanes`. Each sum starts from zero every `slice` words: rounding
 // errors grow with the length of a chain of additions, and integers overflow. A sum of nothing is zero.
-template <bool integers, bool accumulate>
+template <Elements elements, bool accumulate>
 inline void product(Product p, Index rows, Index columns, Index slice) {
     const Index depth = p.depth;
     Index k = 0;
     do {
         p.depth = smaller(slice, depth - k);
-        accumulate || k > 0 ? product_slice<integers, true>(p, rows, columns)
-                            : product_slice<integers, false>(p, rows, columns);
+        accumulate || k > 0 ? product_slice<elements, true>(p, rows, columns)
+                            : product_slice<elements, false>(p, rows, columns);
         p.a += p.depth * p.a_depth;
         p.b += p.depth * p.b_depth;
         k += slice;

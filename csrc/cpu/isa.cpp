@@ -43,6 +43,15 @@ bool has_int16_products() {
 #endif
 }
 
+bool has_bfloat16_products() {
+#if defined(__x86_64__)
+    static const bool has = selected_isa() == Isa::avx512 && __builtin_cpu_supports("avx512bf16");
+    return has;
+#else
+    return false;
+#endif
+}
+
 const char* isa_name(Isa isa) {
     return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "portable";
 }

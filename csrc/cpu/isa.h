@@ -14,6 +14,9 @@ const char* isa_name(Isa isa);
 // Whether one instruction adds products of 16-bit pairs to 32-bit sums in registers of 512 bits (AVX512-VNNI).
 bool has_int16_products();
 
+// Whether one adds products of bfloat16 pairs to float32 sums (AVX512-BF16).
+bool has_bfloat16_products();
+
 }  // namespace ganvas::cpu
 
 // Kernel sources are compiled once per instruction set, each time into a namespace of its own (GANVAS_ISA names it).

@@ -110,7 +110,8 @@ void matrix_product(const MatrixProduct& args, int threads) {
                     const Index width = smaller(tile_columns, whole_vectors(columns - panel));
                     pack_columns(args, k, depth, column + panel, smaller(width, columns - panel), width, b);
                     p.b_depth = width, p.c = c + panel;
-                    k > 0 ? product<false, true>(p, rows, width, chain) : product<false, false>(p, rows, width, chain);
+                    k > 0 ? product<Elements::floats, true>(p, rows, width, chain)
+                          : product<Elements::floats, false>(p, rows, width, chain);
                 }
             }
             for (Index i = 0; i < rows; ++i)

@@ -1,28 +1,10 @@
 // From pixels to transformed tiles. Included by kernel sources only.
 #pragma once
 
-#include "convolution.h"
+#include "convolution_output.h"
 #include "winograd_tiles.h"
 
 namespace ganvas::cpu::GANVAS_ISA {
-
-enum class Activation { identity, affine_kink, kink_affine };
-
-inline Activation activation_of(const PendingActivation& pending) {
-    if (!pending.scale) return Activation::identity;
-    return pending.activation_first ? Activation::kink_affine : Activation::affine_kink;
-}
-
-// A tensor that holds the values themselves.
-inline PendingActivation written(const void* values) {
-    return {values, nullptr, nullptr, 1.0f, false};
-}
-
-template <Activation kind>
-[[gnu::always_inline]] inline Vector activate(Vector y, Vector scale, Vector shift, Leaky leaky) {
-    return kind == Activation::identity ? y
-                                        : pending_activation<kind == Activation::kink_affine>(y, scale, shift, leaky);
-}
 
 // Pixels that are read: [images, height, width, channels].
 struct Source {

@@ -1,5 +1,5 @@
 // 3×3 convolutions of stride 1. Compiled once per instruction set.
-#include "winograd.h"
+#include "convolutions.h"
 #include "winograd_pass.h"
 #include "winograd_weight_gradient.h"
 

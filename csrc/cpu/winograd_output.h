@@ -6,79 +6,9 @@
 
 namespace ganvas::cpu::GANVAS_ISA {
 
-// What happens to an output value before it is stored, and which sums are kept of it.
-enum class Output { plain, statistics, activation_statistics, affine_kink, kink_affine };
-
-// Where results go: [images, height, width, channels]. Of each phase, pixels step*m + phase, the tiles are those of a
-// map of its own.
-struct Destination {
-    void* pixels;
-    Index height, width, channels;
-    Index group_images;
-    Index step;
-    const float* bias;          // [channels] or null
-    PendingActivation pending;  // backward: of the tensor whose gradient this is
-    const float* mean;          // backward: [G, channels] or null
-    float negative_slope;       // forward: of the activation that the statistics come after
-    bool streams;               // past the cache, where whole vectors are written
-
-    Map phase_map(Pixel phase) const {
-        return {ceiling(height - phase.row, step), ceiling(width - phase.column, step)};
-    }
-};
-
-constexpr int strip_vectors =
-    64 / lanes;  // of channels: written one after the other, so that a pixel's lines are filled together
-
-// Per-channel values of a vector of the output's channels, and the sums kept of it.
-struct Channels {
-    Index count;  // of the vector's lanes that exist
-    Vector bias, scale, shift, mean;
-    Vector pivot, sum, square;
-};
-
-template <Output kind>
-constexpr bool takes_statistics = kind == Output::statistics || kind == Output::activation_statistics;
-template <Output kind>
-constexpr bool goes_backward = kind == Output::affine_kink || kind == Output::kink_affine;
-
-template <Output kind>
-inline Channels channels_of(const Destination& to, Index group, Index begin, Index end) {
-    const Index at = group * to.channels + begin;
-    Channels of{};
-    of.count = end - begin;
-    if (to.bias) of.bias = load_lanes(to.bias + begin, of.count);
-    if (goes_backward<kind>) {
-        of.scale = load_lanes(to.pending.scale + at, of.count);
-        of.shift = load_lanes(to.pending.shift + at, of.count);
-        if (to.mean) of.mean = load_lanes(to.mean + at, of.count);
-    }
-    return of;
-}
-
-template <class T, Output kind, bool whole>
-inline __attribute__((always_inline)) void emit(Vector value, const Destination& to, Index position, Leaky leaky,
-                                                const Channels& of, Vector& sum, Vector& square) {
-    value += of.bias;
-    if (goes_backward<kind>) {
-        const T* stored = static_cast<const T*>(to.pending.stored) + position;
-        const Vector x = whole ? load_vector(stored) : load_lanes(stored, of.count);
-        if (kind == Output::affine_kink) {
-            value = leaky_relu_grad(value, of.scale * x + of.shift, leaky);
-            square += value * (x - of.mean);
-        } else {
-            square += value * (leaky_relu(x, leaky) - of.mean);
-        }
-        sum += value;
-    }
-    if (takes_statistics<kind>) {
-        const Vector d = (kind == Output::statistics ? value : leaky_relu(value, leaky)) - of.pivot;
-        sum += d;
-        square += d * d;
-    }
-    T* pixel = static_cast<T*>(to.pixels) + position;
-    if (!whole) return store_lanes(pixel, value, of.count);
-    to.streams ? stream_vector(pixel, value) : store_vector(pixel, value);
+// The pixels of a phase.
+inline Map phase_map(const Destination& to, Pixel phase) {
+    return {ceiling(to.height - phase.row, to.step), ceiling(to.width - phase.column, to.step)};
 }
 
 // The first transform, along columns of products, of points [first, last). The first row is that of output `first`.
@@ -154,15 +84,14 @@ inline Vector tile_mean(const Vector (&rows)[tile][points], Index height, Index 
     return sum / static_cast<float>(height * width);
 }
 
-// y = Aᵀ m A of one phase of some segments' tiles, channels [begin, end). Two numbers per channel are kept of them:
-// mean and squared deviations, or Σg and Σg·(x − mean).
+// y = Aᵀ m A of one phase of some segments' tiles, channels [begin, end), and the sums of them.
 template <class T, int taps, Output kind>
 void write_block(const Destination& to, Pixel phase, const Order& order, Index first_segment, Index last_segment,
                  Index begin, Index end, const Transformed& from, double* sums) {
     constexpr int points = points_of<taps>;
     const Tiles& tiles = order.tiles;
     const Leaky leaky(goes_backward<kind> ? to.pending.negative_slope : to.negative_slope);
-    const Map map = to.phase_map(phase);
+    const Map map = phase_map(to, phase);
     const Index group = tiles.segment(first_segment).image / to.group_images;
     for (Index strip = begin; strip < end; strip += strip_vectors * lanes) {
         const Index vectors = smaller(strip_vectors, ceiling(end - strip, lanes));
@@ -190,17 +119,7 @@ void write_block(const Destination& to, Pixel phase, const Order& order, Index f
                 pixels += height * width;
             }
         }
-        if (kind == Output::plain) continue;
-        const double n = static_cast<double>(larger(1, pixels));
-        for (Index i = 0; i < vectors; ++i) {
-            const Channels& of = channels[i];
-            for (Index lane = 0; lane < smaller(lanes, of.count); ++lane) {
-                const Index c = strip + i * lanes + lane;
-                const double s = static_cast<double>(of.sum[lane]), q = static_cast<double>(of.square[lane]);
-                sums[c] = takes_statistics<kind> ? static_cast<double>(of.pivot[lane]) + s / n : s;
-                sums[to.channels + c] = takes_statistics<kind> ? q - s * s / n : q;
-            }
-        }
+        keep_sums<kind>(channels, vectors, strip, pixels, to.channels, sums);
     }
 }
 

@@ -62,6 +62,8 @@ struct Parts {
         return static_cast<std::size_t>(blocks.count * pass.walk.phase_count * 2 * pass.destination.channels) *
                sizeof(double);
     }
+    Index channels() const { return pass.destination.channels; }
+    Index groups() const { return pass.groups; }
     Index per_group() const { return blocks.per_group * pass.walk.phase_count; }
     double* of(Index block, Index phase) const {
         return sums + (block * pass.walk.phase_count + phase) * 2 * pass.destination.channels;
@@ -69,7 +71,7 @@ struct Parts {
     double* of_group(Index group) const { return of(group * blocks.per_group, 0); }
     double pixels(Index part) const {
         const Index block = part / pass.walk.phase_count;
-        const Map map = pass.destination.phase_map(pass.walk.phases[part % pass.walk.phase_count].pixel);
+        const Map map = phase_map(pass.destination, pass.walk.phases[part % pass.walk.phase_count].pixel);
         Index result = 0;
         for (Index s = blocks.first(block); s < blocks.last(block); ++s) {
             const Segment segment = tiles.segment(s);
@@ -97,7 +99,8 @@ inline void multiply(const Left<integers>& v, const Transformed& m, Index f, Spa
                     scales,
                     v.scale_stride};
     constexpr Index slice = integers ? integer_slice : channel_slice;
-    k > 0 ? product<integers, true>(p, count, width, slice) : product<integers, false>(p, count, width, slice);
+    k > 0 ? product<elements_of<integers>, true>(p, count, width, slice)
+          : product<elements_of<integers>, false>(p, count, width, slice);
 }
 
 // Whether the output goes past the cache: whole lines of an array of which little would still be there when it is read.
@@ -105,14 +108,6 @@ inline bool streams(const Destination& to, Dtype dtype, Index images) {
     const Index bytes = images * to.height * to.width * to.channels * static_cast<Index>(sizeof(float));
     return dtype == Dtype::float32 && vector_is_line<float> && to.channels % lanes == 0 &&
            reinterpret_cast<std::uintptr_t>(to.pixels) % 64 == 0 && 4 * bytes >= cache_bytes();
-}
-
-// A thread's share of the channels of every group: sums of the group's first part become those of all its parts.
-template <class Finish>
-void finish_slice(const Parts& parts, Finish finish, Index thread, Index team) {
-    const Index channels = parts.pass.destination.channels;
-    for (Index group = 0; group < parts.pass.groups; ++group)
-        finish(parts, group, channels * thread / team, channels * (thread + 1) / team);
 }
 
 // Each thread takes a block of tiles through transform, products and inverse transform while it lies in its cache. The
@@ -291,45 +286,6 @@ void run(const Pass& pass, Index images, int threads, Finish finish) {
         if (pass.integers && pass.destination.channels >= integer_columns_least && has_int16_products())
             return run<taps, step, true>(pass, images, threads, finish);
     run<taps, step, false>(pass, images, threads, finish);
-}
-
-inline void finish_statistics(const OutputStatistics& s, const Parts& parts, Index group, Index begin, Index end) {
-    const Index channels = parts.pass.destination.channels, first = group * parts.per_group();
-    double* const mean = parts.of_group(group);
-    double* const deviation = mean + channels;
-    double count = parts.pixels(first);
-    for (Index part = 1; part < parts.per_group(); ++part) {
-        const double pixels = parts.pixels(first + part);
-        const double* other = mean + part * 2 * channels;
-        const Join join(count, pixels);
-        for (Index c = begin; c < end; ++c) join(mean[c], deviation[c], other[c], other[channels + c]);
-        count += pixels;
-    }
-    for (Index c = begin; c < end; ++c) {
-        const Index at = group * channels + c;
-        s.mean[at] = static_cast<float>(mean[c]);
-        s.var[at] = static_cast<float>(deviation[c] / count);
-        if (s.running_mean) {
-            move(s.running_mean[c], mean[c], s.momentum);
-            move(s.running_var[c], deviation[c] / (count > 1 ? count - 1 : 1), s.momentum);
-        }
-        s.scale[at] = (s.weight ? s.weight[c] : 1.0f) * inverse_deviation(s.var[at], s.eps);
-        s.shift[at] = (s.bias ? s.bias[c] : 0.0f) - s.mean[at] * s.scale[at];
-    }
-}
-
-inline void finish_sums(const ConvolutionBackwardInput& args, const Parts& parts, Index group, Index begin, Index end) {
-    const Index channels = parts.pass.destination.channels;
-    double* const sum = parts.of_group(group);
-    double* const sum_deviation = sum + channels;
-    for (Index part = 1; part < parts.per_group(); ++part) {
-        const double* other = sum + part * 2 * channels;
-        for (Index c = begin; c < end; ++c) sum[c] += other[c], sum_deviation[c] += other[channels + c];
-    }
-    for (Index c = begin; c < end; ++c) {
-        args.sum[group * channels + c] = static_cast<float>(sum[c]);
-        if (args.sum_deviation) args.sum_deviation[group * channels + c] = static_cast<float>(sum_deviation[c]);
-    }
 }
 
 template <int taps, int step>

@@ -3,7 +3,7 @@
 // Both join a large map to a small one, and a kernel of stride 2 is four kernels of 2×2 taps and stride 1. From large
 // to small, each of them takes a phase of the large map, its pixels 2m + a, and the products add up. From small to
 // large, each of them makes a phase.
-#include "winograd.h"
+#include "convolutions.h"
 #include "winograd_pass.h"
 #include "winograd_weight_gradient.h"
 

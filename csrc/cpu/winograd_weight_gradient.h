@@ -161,7 +161,8 @@ void weight_gradient(const WeightGradient& args, Index images, int threads) {
                 p.depth = ceiling(terms.last - terms.first, 2);
                 p.row_scale = v.scales_of(run - first, f) + k;
                 p.column_scale = d.scales_of(run - first, f) + n;
-                run > 0 ? product_slice<true, true>(p, rows, width) : product_slice<true, false>(p, rows, width);
+                run > 0 ? product_slice<Elements::int16_pairs, true>(p, rows, width)
+                        : product_slice<Elements::int16_pairs, false>(p, rows, width);
                 p.a += v.run_rows * v.words.width;
                 p.b += d.run_rows * d.words.width;
             }
@@ -170,8 +171,8 @@ void weight_gradient(const WeightGradient& args, Index images, int threads) {
             p.a += terms.first * v.words.width;
             p.b += terms.first * d.words.width;
             p.depth = terms.last - terms.first;
-            first > 0 ? product<false, true>(p, rows, width, tile_slice)
-                      : product<false, false>(p, rows, width, tile_slice);
+            first > 0 ? product<Elements::floats, true>(p, rows, width, tile_slice)
+                      : product<Elements::floats, false>(p, rows, width, tile_slice);
         }
     };
     const auto write = [&](Index piece, Index begin, Index end, const float* from) {

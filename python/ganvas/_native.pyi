@@ -215,6 +215,14 @@ def winograd_backward_weight(
 
 # 4×4 kernels of stride 2 and their transposes take the same arguments. Strides of a weight are those of the output's
 # channels, the input's, rows and columns, whatever their order in the tensor.
+conv1x1_forward = winograd_forward
+conv1x1_forward_statistics = winograd_forward_statistics
+conv1x1_backward_input = winograd_backward_input
+conv1x1_backward_weight = winograd_backward_weight
+conv1x1_stride2_forward = winograd_forward
+conv1x1_stride2_forward_statistics = winograd_forward_statistics
+conv1x1_stride2_backward_input = winograd_backward_input
+conv1x1_stride2_backward_weight = winograd_backward_weight
 winograd_stride2_forward = winograd_forward
 winograd_stride2_forward_statistics = winograd_forward_statistics
 winograd_stride2_backward_input = winograd_backward_input

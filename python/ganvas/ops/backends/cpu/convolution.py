@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ganvas.ops import tuning
-from ganvas.ops.backends.cpu import stride2, winograd
+from ganvas.ops.backends.cpu import conv1x1, stride2, winograd
 from ganvas.ops.backends.cpu.kernels import LEAST_CHANNELS, NativeConvolution
 from ganvas.ops.backends.cpu.precision import multiplied_as, rounds_float32
 from ganvas.ops.backends.trial import Direction, trial
@@ -45,6 +45,8 @@ def _is_wide(weight: torch.Size) -> bool:
 def _native_convolution(geometry: Geometry, weight: Tensor, input_shape: torch.Size) -> _Make | None:
     if winograd.takes(geometry, weight, input_shape):
         return partial(winograd.convolution, geometry)
+    if conv1x1.takes(geometry, weight, input_shape):
+        return partial(conv1x1.convolution, geometry)
     kind = _stride2_kind(geometry, weight, input_shape)
     if kind is not None and stride2.takes(kind, weight, input_shape):
         return partial(stride2.convolution, kind)

@@ -1,4 +1,4 @@
-"""A native convolution of one shape: its four entry points, whose arguments are the same in every family."""
+"""A native convolution of one shape: four entry points, the same in every family (csrc/cpu/convolutions.h)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Constants(NamedTuple):
 
     dtype: native.Dtype
     integers: bool
-    """Whether products may be of 16-bit integers, which are finer than bfloat16."""
+    """Whether products may be of 16-bit integers, which are finer than bfloat16, or of bfloat16."""
     input_shape: tuple[int, ...]
     out_channels: int
     padding: int

@@ -1,4 +1,4 @@
-"""Native 4×4 convolutions of stride 2, their transposes, and what can be written as one (csrc/cpu/winograd.h).
+"""Native 4×4 convolutions of stride 2, their transposes, and what can be written as one (csrc/cpu/convolutions.h).
 
 A 3×3 convolution after nearest-neighbour upsampling, or before average pooling, or of stride 2, is a 4×4 convolution of
 stride 2 (or its transpose) with the kernel M w Mᵀ, M a 4×3 matrix. The gradient of w is Mᵀ d M, d that of the kernel.

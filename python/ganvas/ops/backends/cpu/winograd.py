@@ -1,4 +1,4 @@
-"""Native 3×3 convolutions of stride 1 (csrc/cpu/winograd.h), between pending activations."""
+"""Native 3×3 convolutions of stride 1 (csrc/cpu/convolutions.h), between pending activations."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 // The part that is compiled once: the choice of instruction set.
-#include "winograd.h"
+#include "convolutions.h"
 
 #include "parallel.h"
 
@@ -40,6 +40,7 @@ int team(const ConvolutionShape& s, int threads) {
         threads = team(args.shape, threads);                                          \
         GANVAS_DISPATCH(name##_backward_weight(args, threads))                        \
     }
+DEFINE_KIND(conv1x1)
 DEFINE_KIND(winograd)
 DEFINE_KIND(winograd_stride2)
 DEFINE_KIND(winograd_stride2_transposed)

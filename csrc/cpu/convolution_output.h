@@ -1,0 +1,165 @@
+// What the convolutions have in common: pending activations as they are loaded, pixels as they are stored, and the sums
+// that are kept of them. Sums are taken of parts, each a number of pixels of one group, and joined in order. Included
+// by kernel sources only.
+#pragma once
+
+#include "convolution.h"
+#include "vector.h"
+
+namespace ganvas::cpu::GANVAS_ISA {
+
+enum class Activation { identity, affine_kink, kink_affine };
+
+inline Activation activation_of(const PendingActivation& pending) {
+    if (!pending.scale) return Activation::identity;
+    return pending.activation_first ? Activation::kink_affine : Activation::affine_kink;
+}
+
+// A tensor that holds the values themselves.
+inline PendingActivation written(const void* values) {
+    return {values, nullptr, nullptr, 1.0f, false};
+}
+
+template <Activation kind>
+[[gnu::always_inline]] inline Vector activate(Vector y, Vector scale, Vector shift, Leaky leaky) {
+    return kind == Activation::identity ? y
+                                        : pending_activation<kind == Activation::kink_affine>(y, scale, shift, leaky);
+}
+
+// What happens to an output value before it is stored, and which sums are kept of it.
+enum class Output { plain, statistics, activation_statistics, affine_kink, kink_affine };
+
+// Where results go: [images, height, width, channels]. Of each phase, pixels step*m + phase, the tiles are those of a
+// map of its own.
+struct Destination {
+    void* pixels;
+    Index height, width, channels;
+    Index group_images;
+    Index step;
+    const float* bias;          // [channels] or null
+    PendingActivation pending;  // backward: of the tensor whose gradient this is
+    const float* mean;          // backward: [G, channels] or null
+    float negative_slope;       // forward: of the activation that the statistics come after
+    bool streams;               // past the cache, where whole vectors are written
+};
+
+constexpr int strip_vectors =
+    64 / lanes;  // of channels: written one after the other, so that a pixel's lines are filled together
+
+// Per-channel values of a vector of the output's channels, and the sums kept of it.
+struct Channels {
+    Index count;  // of the vector's lanes that exist
+    Vector bias, scale, shift, mean;
+    Vector pivot, sum, square;
+};
+
+template <Output kind>
+constexpr bool takes_statistics = kind == Output::statistics || kind == Output::activation_statistics;
+template <Output kind>
+constexpr bool goes_backward = kind == Output::affine_kink || kind == Output::kink_affine;
+
+template <Output kind>
+inline Channels channels_of(const Destination& to, Index group, Index begin, Index end) {
+    const Index at = group * to.channels + begin;
+    Channels of{};
+    of.count = end - begin;
+    if (to.bias) of.bias = load_lanes(to.bias + begin, of.count);
+    if (goes_backward<kind>) {
+        of.scale = load_lanes(to.pending.scale + at, of.count);
+        of.shift = load_lanes(to.pending.shift + at, of.count);
+        if (to.mean) of.mean = load_lanes(to.mean + at, of.count);
+    }
+    return of;
+}
+
+template <class T, Output kind, bool whole>
+inline __attribute__((always_inline)) void emit(Vector value, const Destination& to, Index position, Leaky leaky,
+                                                const Channels& of, Vector& sum, Vector& square) {
+    value += of.bias;
+    if (goes_backward<kind>) {
+        const T* stored = static_cast<const T*>(to.pending.stored) + position;
+        const Vector x = whole ? load_vector(stored) : load_lanes(stored, of.count);
+        if (kind == Output::affine_kink) {
+            value = leaky_relu_grad(value, of.scale * x + of.shift, leaky);
+            square += value * (x - of.mean);
+        } else {
+            square += value * (leaky_relu(x, leaky) - of.mean);
+        }
+        sum += value;
+    }
+    if (takes_statistics<kind>) {
+        const Vector d = (kind == Output::statistics ? value : leaky_relu(value, leaky)) - of.pivot;
+        sum += d;
+        square += d * d;
+    }
+    T* pixel = static_cast<T*>(to.pixels) + position;
+    if (!whole) return store_lanes(pixel, value, of.count);
+    to.streams ? stream_vector(pixel, value) : store_vector(pixel, value);
+}
+
+// Two numbers per channel of a strip's: mean and squared deviations, or Σg and Σg·(x − mean), of so many pixels.
+template <Output kind>
+void keep_sums(const Channels* strip, Index vectors, Index begin, Index pixels, Index channels, double* sums) {
+    if (kind == Output::plain) return;
+    const double n = static_cast<double>(larger(1, pixels));
+    for (Index i = 0; i < vectors; ++i) {
+        const Channels& of = strip[i];
+        for (Index lane = 0; lane < smaller(lanes, of.count); ++lane) {
+            const Index c = begin + i * lanes + lane;
+            const double s = static_cast<double>(of.sum[lane]), q = static_cast<double>(of.square[lane]);
+            sums[c] = takes_statistics<kind> ? static_cast<double>(of.pivot[lane]) + s / n : s;
+            sums[channels + c] = takes_statistics<kind> ? q - s * s / n : q;
+        }
+    }
+}
+
+// A thread's share of the channels of every group: sums of the group's first part become those of all its parts.
+template <class Parts, class Finish>
+void finish_slice(const Parts& parts, Finish finish, Index thread, Index team) {
+    const Index channels = parts.channels();
+    for (Index group = 0; group < parts.groups(); ++group)
+        finish(parts, group, channels * thread / team, channels * (thread + 1) / team);
+}
+
+template <class Parts>
+void finish_statistics(const OutputStatistics& s, const Parts& parts, Index group, Index begin, Index end) {
+    const Index channels = parts.channels(), first = group * parts.per_group();
+    double* const mean = parts.of_group(group);
+    double* const deviation = mean + channels;
+    double count = parts.pixels(first);
+    for (Index part = 1; part < parts.per_group(); ++part) {
+        const double pixels = parts.pixels(first + part);
+        const double* other = mean + part * 2 * channels;
+        const Join join(count, pixels);
+        for (Index c = begin; c < end; ++c) join(mean[c], deviation[c], other[c], other[channels + c]);
+        count += pixels;
+    }
+    for (Index c = begin; c < end; ++c) {
+        const Index at = group * channels + c;
+        s.mean[at] = static_cast<float>(mean[c]);
+        s.var[at] = static_cast<float>(deviation[c] / count);
+        if (s.running_mean) {
+            move(s.running_mean[c], mean[c], s.momentum);
+            move(s.running_var[c], deviation[c] / (count > 1 ? count - 1 : 1), s.momentum);
+        }
+        s.scale[at] = (s.weight ? s.weight[c] : 1.0f) * inverse_deviation(s.var[at], s.eps);
+        s.shift[at] = (s.bias ? s.bias[c] : 0.0f) - s.mean[at] * s.scale[at];
+    }
+}
+
+template <class Parts>
+void finish_sums(const ConvolutionBackwardInput& args, const Parts& parts, Index group, Index begin, Index end) {
+    const Index channels = parts.channels();
+    double* const sum = parts.of_group(group);
+    double* const sum_deviation = sum + channels;
+    for (Index part = 1; part < parts.per_group(); ++part) {
+        const double* other = sum + part * 2 * channels;
+        for (Index c = begin; c < end; ++c) sum[c] += other[c], sum_deviation[c] += other[channels + c];
+    }
+    for (Index c = begin; c < end; ++c) {
+        args.sum[group * channels + c] = static_cast<float>(sum[c]);
+        if (args.sum_deviation) args.sum_deviation[group * channels + c] = static_cast<float>(sum_deviation[c]);
+    }
+}
+
+}  // namespace ganvas::cpu::GANVAS_ISA

@@ -1,0 +1,328 @@
+"""The native 1×1 convolutions against float64, beside torch's own, with every kind of pending activation."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import native_convolutions
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from native_convolutions import KINDS, Arguments, kernels
+from torch import Tensor, nn
+
+import ganvas
+from ganvas import _native as native
+from ganvas.ops.backends.cpu import conv1x1
+from ganvas.ops.backends.cpu.convolution import native_convolution
+from ganvas.ops.backends.cpu.kernels import NativeConvolution
+from ganvas.ops.convolution import Geometry
+
+# Of factors that are bfloat16: up to half a unit in the last place, as torch's are. Where a result has few of them,
+# torch's rounding of the output may by chance undo it.
+FACTOR_ROUNDING = torch.finfo(torch.bfloat16).eps / 2 / 3**0.5
+CHANNELS = (1, 3, 8, 16, 17, 31, 33, 64)
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    """How to set their number: 1 for small tensors, for which more would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@dataclass(frozen=True)
+class Case(native_convolutions.Case):
+    stride: int = 1
+
+    @property
+    def native(self) -> NativeConvolution:
+        geometry = Geometry(stride=(self.stride, self.stride))
+        return conv1x1.convolution(geometry, torch.Size(self.weight_shape), self.input_shape, self.dtype)
+
+    @property
+    def weight_shape(self) -> tuple[int, int, int, int]:
+        return (self.out_channels, self.in_channels, 1, 1)
+
+    def convolve(self, input: Tensor, weight: Tensor) -> Tensor:
+        # Not torch's own stride: of few channels its oneDNN makes a wrong weight gradient.
+        return F.conv2d(input[:, :, :: self.stride, :: self.stride], weight)
+
+
+def compare_with_torch(accuracy, case: Case) -> None:
+    native_convolutions.compare_with_torch(accuracy, case, 1.0, FACTOR_ROUNDING)
+
+
+def cases(largest: int, channels: tuple[int, ...]) -> st.SearchStrategy[Case]:
+    return st.builds(
+        Case,
+        stride=st.sampled_from([1, 1, 2]),
+        images=st.integers(1, 3),
+        in_channels=st.sampled_from(channels),
+        out_channels=st.sampled_from(channels),
+        height=st.integers(1, largest),
+        width=st.integers(1, largest),
+        groups=st.sampled_from([1, 1, 2, 3]),
+        pending=st.sampled_from(KINDS),
+        statistics_of_activation=st.booleans(),
+        has_bias=st.booleans(),
+        dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+        slope=st.sampled_from([0.0, 0.2, 1.0]),
+        seed=st.integers(0, 2**31),
+    )
+
+
+SETTINGS = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@settings(SETTINGS, max_examples=50)
+@given(cases(13, CHANNELS))
+def test_random_shapes_are_as_accurate_as_torch(accuracy, case):
+    compare_with_torch(accuracy, case)
+
+
+@pytest.mark.slow
+@settings(SETTINGS, max_examples=200)
+@given(cases(70, (*CHANNELS, 100, 130, 256)))
+def test_random_larger_shapes_are_as_accurate_as_torch(accuracy, case):
+    compare_with_torch(accuracy, case)
+
+
+AWKWARD = {
+    "one pixel": Case(images=1, height=1, width=1),
+    "one pixel of four": Case(images=1, height=2, width=2, stride=2, pending="kink_affine"),
+    "one channel": Case(in_channels=1, out_channels=1, height=5, width=6),
+    "channel tails": Case(in_channels=33, out_channels=47, height=9, width=7, statistics_of_activation=True),
+    "several blocks of each group": Case(height=15, width=17, groups=3, pending="kink_affine"),
+    "several parts of the weight's gradient": Case(in_channels=520, out_channels=640, height=11),
+    "few pixels, many channels": Case(images=1, in_channels=200, out_channels=300, height=3, width=5),
+    "odd maps, stride 2": Case(height=11, width=7, groups=2, stride=2, in_channels=40),
+    "even maps, stride 2": Case(height=6, width=12, groups=2, stride=2, pending="kink_affine"),
+    "written pixels, stride 2": Case(height=9, width=10, stride=2, pending="stored"),
+    "bfloat16 tails": Case(in_channels=19, out_channels=21, height=6, width=10, dtype=torch.bfloat16, groups=2),
+    "written bfloat16": Case(in_channels=48, out_channels=64, pending="stored", dtype=torch.bfloat16),
+    "odd groups of bfloat16": Case(
+        images=1, in_channels=18, height=5, width=7, dtype=torch.bfloat16, groups=3, pending="kink_affine"
+    ),
+    "bfloat16, stride 2": Case(in_channels=17, out_channels=30, height=7, stride=2, dtype=torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("name", AWKWARD)
+def test_awkward_shapes_are_as_accurate_as_torch(accuracy, name):
+    compare_with_torch(accuracy, AWKWARD[name])
+
+
+ISAS = native.build_info()["cpu_isas"]
+
+
+@pytest.mark.parametrize(
+    "isa", ISAS[: ISAS.index(native.selected_isa())] if not os.environ.get("GANVAS_CPU_ISA") else []
+)
+def test_lesser_instruction_sets_pass_the_same_tests(isa):
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "awkward or not_finite"],
+        env={**os.environ, "GANVAS_CPU_ISA": isa}, capture_output=True, text=True, timeout=300,
+        cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+# Enough work for five threads: fewer pixels are not worth waking one for.
+SEVERAL_THREADS = {
+    "pixels to share": Case(images=3, in_channels=48, out_channels=80, height=22, width=19, groups=2),
+    "channels to share": Case(images=1, in_channels=640, out_channels=500, height=8, width=8, pending="kink_affine"),
+    "bfloat16": Case(images=4, in_channels=70, out_channels=48, height=23, width=30, dtype=torch.bfloat16),
+    "stride 2": Case(images=3, in_channels=48, out_channels=80, height=44, width=38, groups=2, stride=2),
+}
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+@pytest.mark.parametrize("name", SEVERAL_THREADS)
+def test_any_number_of_threads_is_as_accurate_as_torch(accuracy, threads, name, count):
+    threads(count)
+    compare_with_torch(accuracy, SEVERAL_THREADS[name])
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("name", SEVERAL_THREADS)
+def test_same_arguments_give_the_same_bits(threads, name, count):
+    threads(count)
+    of = Arguments(SEVERAL_THREADS[name])
+    first = kernels(of)
+    kernels(Arguments(Case(height=17, width=9)))  # leaves other numbers in the workspace
+    for name, again in kernels(of).items():
+        assert torch.equal(again, first[name]), name
+
+
+def multiplies_bfloat16() -> bool:
+    return native.selected_isa() == "avx512" and "avx512_bf16" in Path("/proc/cpuinfo").read_text()
+
+
+def test_medium_float32_precision_multiplies_bfloat16():
+    of = Arguments(Case(in_channels=64, out_channels=64, height=17, pending="stored", has_bias=False))
+    before, plain = torch.get_float32_matmul_precision(), kernels(of)
+    try:
+        torch.set_float32_matmul_precision("medium")
+        ours = kernels(of)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    for tensor in (of.stored, of.weight, of.grad_output):
+        tensor.copy_(tensor.bfloat16())
+    rounded = kernels(of)
+    for name in ("output", "grad_input", "grad_weight"):
+        assert torch.equal(ours[name], plain[name]) != multiplies_bfloat16(), name
+        if multiplies_bfloat16():
+            torch.testing.assert_close(ours[name], rounded[name], rtol=1e-5, atol=1e-4)
+
+
+def test_running_statistics_move_towards_each_group_in_order():
+    case = Case(out_channels=21, groups=3, stride=2)
+    of, running_mean, running_var = Arguments(case), torch.randn(21), torch.rand(21)
+    expected_mean, expected_var = running_mean.clone(), running_var.clone()
+    after = case.native.forward_with_statistics(
+        of.pending, of.weight, of.bias, None, None, running_mean, running_var, 0.3, 1e-5, 0.2, False, 3
+    )
+    count = case.images * after.stored[0, 0].numel()
+    for mean, var in zip(after.mean, after.var):
+        expected_mean.lerp_(mean, 0.3)
+        expected_var.lerp_(var * count / (count - 1), 0.3)
+    torch.testing.assert_close(running_mean, expected_mean, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(running_var, expected_var, rtol=1e-6, atol=1e-6)
+
+
+def test_statistics_survive_a_mean_far_from_zero():
+    of = Arguments(Case(images=8, height=12, width=12, pending="stored"))
+    of.bias = torch.full((16,), 1000.0)
+    exact = F.conv2d(of.stored.double(), of.weight.double(), of.bias.double())
+    results = kernels(of)
+    # A value near 1000 is off by up to 1000·eps/2 from the sum alone, and so is a deviation from the mean, of size 1.
+    torch.testing.assert_close(results["mean"][0].double(), exact.mean((0, 2, 3)), rtol=1e-7, atol=0)
+    torch.testing.assert_close(results["var"][0].double(), exact.var((0, 2, 3), unbiased=False), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bad", ["nan", "inf", "-inf"])
+def test_what_is_not_finite_reaches_its_own_pixel_alone(bad, dtype):
+    of = Arguments(Case(height=11, width=14, pending="stored", dtype=dtype))
+    clean = kernels(of)
+    of.stored[1, 3, 5, 8] = float(bad)
+    of.grad_output[0, 2, 4, 7] = float(bad)
+    dirty = kernels(of)
+    assert not dirty["output"][1, :, 5, 8].isfinite().any()
+    assert not dirty["grad_input"][0, :, 4, 7].isfinite().any()
+    assert not dirty["grad_weight"][:, 3].isfinite().any()
+    assert not dirty["grad_weight"][2].isfinite().any()
+    dirty["output"][1, :, 5, 8] = clean["output"][1, :, 5, 8]
+    dirty["grad_input"][0, :, 4, 7] = clean["grad_input"][0, :, 4, 7]
+    dirty["grad_weight"][:, 3], dirty["grad_weight"][2] = clean["grad_weight"][:, 3], clean["grad_weight"][2]
+    for name in ("output", "grad_input", "grad_weight"):
+        assert torch.equal(dirty[name], clean[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_of_any_strides(dtype):
+    of = Arguments(Case(dtype=dtype))
+    expected = kernels(of)
+    strided = torch.zeros(3, 20, 4, 18, dtype=dtype).permute(3, 1, 0, 2)[1:17, 2:18, 1:2, 1:2]
+    strided.copy_(of.weight)
+    turned = of.weight.transpose(0, 1).clone().transpose(0, 1)
+    for weight in (strided, turned):
+        of.weight = weight
+        for name, result in kernels(of).items():
+            assert torch.equal(result, expected[name]), name
+
+
+@pytest.mark.parametrize(
+    ("geometry", "weight", "taken"),
+    [
+        (Geometry(), (64, 16, 1, 1), True),
+        (Geometry(stride=(2, 2)), (64, 16, 1, 1), True),
+        (Geometry(stride=(2, 1)), (64, 16, 1, 1), False),
+        (Geometry(padding=(1, 1)), (64, 16, 1, 1), False),
+        (Geometry(groups=2), (64, 16, 1, 1), False),
+        (Geometry(transposed=True), (64, 16, 1, 1), False),
+        (Geometry(upsampled=True), (64, 16, 1, 1), False),
+        (Geometry(), (64, 16, 3, 1), False),
+        (Geometry(), (8, 3, 1, 1), False),
+    ],
+)
+def test_takes_1x1_kernels_alone(geometry, weight, taken):
+    assert conv1x1.takes(geometry, torch.empty(weight), torch.Size((2, weight[1], 8, 8))) is taken
+
+
+def test_a_padded_1x1_kernel_is_refused_before_any_work():
+    x, weight = torch.zeros(1, 16, 4, 4), torch.zeros(16, 16, 1, 1)
+    arguments = (
+        native.Dtype.float32, False, x.shape, 16, 1, 1, x.data_ptr(), 0, 0, 1.0, False, weight.data_ptr(),
+        weight.stride(), 0, x.data_ptr(), 1,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="padding must be 0; got 1"):
+        native.conv1x1_forward(*arguments)
+
+
+class Bottleneck(nn.Module):
+    """As in a ResNet, with a shortcut of stride 2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(32, 16, 1, bias=False), nn.BatchNorm2d(16)
+        self.conv2, self.bn2 = nn.Conv2d(16, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16)
+        self.conv3, self.bn3 = nn.Conv2d(16, 64, 1, bias=False), nn.BatchNorm2d(64)
+        self.downsample = nn.Sequential(nn.Conv2d(32, 64, 1, 2, bias=False), nn.BatchNorm2d(64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = F.relu(self.bn2(self.conv2(y)))
+        return F.relu(self.bn3(self.conv3(y)) + self.downsample(x))
+
+
+def test_a_converted_bottleneck_runs_its_1x1_convolutions_natively(monkeypatch):
+    torch.manual_seed(0)
+    plain = Bottleneck().double()
+    fused = Bottleneck()
+    fused.load_state_dict(plain.state_dict())
+    ganvas.convert(fused)
+    called = []
+
+    def recording(name: str):
+        original = getattr(NativeConvolution, name)
+
+        def record(convolution, *arguments):
+            called.append((name, convolution.name))
+            return original(convolution, *arguments)
+
+        return record
+
+    for name in ("forward_with_statistics", "backward_input", "backward_weight"):
+        monkeypatch.setattr(NativeConvolution, name, recording(name))
+    x = torch.randn(4, 32, 16, 16, requires_grad=True)
+    exact = x.detach().double().requires_grad_()
+    output, expected = fused(x), plain(exact)
+    grad = torch.randn_like(output)
+    output.backward(grad)
+    expected.backward(grad.double())
+    torch.testing.assert_close(output.double(), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(x.grad.double(), exact.grad, rtol=1e-3, atol=1e-4)
+    for (name, ours), theirs in zip(fused.named_parameters(), plain.parameters()):
+        torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-3, atol=1e-3, msg=name)
+    for name in ("forward_with_statistics", "backward_input", "backward_weight"):
+        narrow = [of for other, of in called if other == name and of.startswith("conv1x1")]
+        assert sorted(narrow) == ["conv1x1", "conv1x1", "conv1x1_stride2"]
+
+
+def test_the_name_tells_strides_apart():
+    weight, shape = torch.empty(32, 32, 1, 1), torch.Size((2, 32, 8, 8))
+    names = []
+    for stride in (1, 2):
+        make = native_convolution(Geometry(stride=(stride, stride)), weight, shape, torch.float32)
+        names.append(make(weight.shape, shape, torch.float32).name)
+    assert names == ["conv1x1", "conv1x1_stride2"]
