@@ -91,7 +91,9 @@ class Case:
         ours, exact = self.ours(configuration), self.exact()
         assert ours.dtype is torch.float32
         assert ours.stride() == self.weight.stride()
-        accuracy.check(str(configuration), ours, exact, self.torchs(torch.float32, self.dtype), exact, 3.0)
+        # One rounding of the pixels' dtype: a sum of few terms may have lost its error by chance when torch stored it.
+        terms = exact * (torch.finfo(self.dtype).eps / torch.finfo(ours.dtype).eps)
+        accuracy.check(str(configuration), ours, exact, self.torchs(torch.float32, self.dtype), exact, 3.0, terms)
 
     def _activation(self, dtype: torch.dtype) -> Tensor:
         x = self.input.stored.to(dtype)

@@ -85,7 +85,6 @@ _SMALL_TILES: _Tiles = (
 )
 _IEEE_TILES: _Tiles = (  # of exact float32, whose operands lie in registers
     (64, 64, 32, 8, 3, 2),
-    (128, 64, 32, 8, 2, 1),
     (64, 32, 32, 4, 3, 3),
 )
 
