@@ -237,15 +237,20 @@ template <OutputLength output_length, void (*kernel)(const ConvolutionForward&, 
 void convolution_forward_(Dtype dtype, bool integers, const Strides& input_shape, std::int64_t out_channels,
                           std::int64_t padding, std::int64_t groups, Address input, Address scale, Address shift,
                           float negative_slope, bool activation_first, Address weight, const Strides& weight_strides,
-                          Address bias, Address output, int threads) {
+                          Address bias, Address output, Address output_scale, Address output_shift,
+                          float output_negative_slope, bool output_activation_first, Address residual, int threads) {
     const auto shape = convolution_shape<output_length>(dtype, integers, input_shape, out_channels, padding, groups);
     require_address("output", output, element_size(dtype));
+    require((output_scale == 0) == (output_shift == 0), "output_scale and output_shift go together");
+    require(residual == 0 || output_scale != 0, "a residual is added before the activation; got no output_scale");
     kernel({shape,
             pending_activation(shape, input, scale, shift, negative_slope, activation_first),
             convolution_weight(weight, weight_strides),
             pointer<float>(bias),
             pointer<void>(output),
-            {}},
+            {},
+            {pointer<void>(residual), pointer<float>(output_scale), pointer<float>(output_shift), output_negative_slope,
+             output_activation_first}},
            threads);
 }
 
@@ -268,7 +273,8 @@ void convolution_forward_statistics_(Dtype dtype, bool integers, const Strides& 
             pointer<void>(output),
             {pointer<float>(bn_weight), pointer<float>(bn_bias), eps, bn_activation_first, bn_negative_slope,
              pointer<float>(running_mean), pointer<float>(running_var), momentum, pointer<float>(mean),
-             pointer<float>(var), pointer<float>(bn_scale), pointer<float>(bn_shift)}},
+             pointer<float>(var), pointer<float>(bn_scale), pointer<float>(bn_shift)},
+            {}},
            threads);
 }
 

@@ -180,7 +180,7 @@ inline void write_run(const Destination& to, const Grid* grid, Index first, Inde
     Vector sum{}, square{};
     for (Index p = first; p < first + count; ++p, products += strip) {
         const Index position = (grid ? grid->at(p) : p) * to.channels + column;
-        if (goes_backward<kind>)  // a later run's, too far apart for the processor to foresee
+        if (reads_pixels<kind>(to))  // a later run's, too far apart for the processor to foresee
             __builtin_prefetch(static_cast<const T*>(to.pending.stored) + position + 3 * run_rows * to.channels, 0, 2);
         emit<T, kind, whole>(load_vector(products), to, position, leaky, own, sum, square);
     }
@@ -202,7 +202,7 @@ Vector mean_of(const float* products, Index count, Leaky leaky, Vector bias) {
 template <class T, Output kind>
 void write_rows(const Destination& to, const Grid* grid, Index group, Index first, Index count, Index begin, Index end,
                 const float* products, double* sums) {
-    const Leaky leaky(goes_backward<kind> ? to.pending.negative_slope : to.negative_slope);
+    const Leaky leaky = leaky_of<kind>(to);
     const Index vectors = ceiling(end - begin, lanes);
     Channels channels[strip_vectors];
     for (Index i = 0; i < vectors; ++i) {
@@ -231,6 +231,10 @@ WriteRows write_of(Output kind) {
             return write_rows<T, Output::statistics>;
         case Output::activation_statistics:
             return write_rows<T, Output::activation_statistics>;
+        case Output::activated:
+            return write_rows<T, Output::activated>;
+        case Output::activated_first:
+            return write_rows<T, Output::activated_first>;
         case Output::affine_kink:
             return write_rows<T, Output::affine_kink>;
         case Output::kink_affine:
@@ -506,25 +510,15 @@ void conv1x1_forward(const ConvolutionForward& args, int threads) {
     const Grid grid(s);
     const Index pixels = pixels_of(s), images = s.batch / s.groups;
     Pass pass{{args.input, s.in_channels, pixels / s.groups, grid.dense() ? nullptr : &grid},
-              {args.output,
-               s.out_height,
-               s.out_width,
-               s.out_channels,
-               images,
-               1,
-               args.bias,
-               {},
-               nullptr,
-               statistics.negative_slope,
-               false},
+              {args.output, s.out_height, s.out_width, s.out_channels, images, 1, args.bias, args.activation, nullptr,
+               statistics.negative_slope, false},
               nullptr,
               {s.in_channels, s.out_channels, args.weight.in, args.weight.out, 0, 0},
               args.weight.values,
               pixels,
               s.groups,
               s.dtype,
-              Output::plain};
-    if (statistics.scale) pass.kind = statistics.activation_first ? Output::activation_statistics : Output::statistics;
+              output_of(statistics, args.activation)};
     run(pass, s.integers, threads, [&](const BlockSums& sums, Index group, Index begin, Index end) {
         if (statistics.scale) finish_statistics(statistics, sums, group, begin, end);
     });

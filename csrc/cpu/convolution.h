@@ -58,6 +58,9 @@ struct ConvolutionForward {
     const float* bias;  // [Co] or null
     void* output;       // [N, H', W', Co]
     OutputStatistics statistics;
+    // With a scale and no statistics: what is written instead of the raw output. Its `stored` is what is added before
+    // the activation, like the output, or null.
+    PendingActivation activation;
 };
 
 // The gradient of the input's pending activation: g = dL/d(scale*y + shift), or dL/d(activation) if that comes first,

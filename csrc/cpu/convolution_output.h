@@ -27,7 +27,7 @@ template <Activation kind>
 }
 
 // What happens to an output value before it is stored, and which sums are kept of it.
-enum class Output { plain, statistics, activation_statistics, affine_kink, kink_affine };
+enum class Output { plain, statistics, activation_statistics, activated, activated_first, affine_kink, kink_affine };
 
 // Where results go: [images, height, width, channels]. Of each phase, pixels step*m + phase, the tiles are those of a
 // map of its own.
@@ -37,7 +37,7 @@ struct Destination {
     Index group_images;
     Index step;
     const float* bias;          // [channels] or null
-    PendingActivation pending;  // backward: of the tensor whose gradient this is
+    PendingActivation pending;  // forward: what is written; backward: of the tensor whose gradient this is
     const float* mean;          // backward: [G, channels] or null
     float negative_slope;       // forward: of the activation that the statistics come after
     bool streams;               // past the cache, where whole vectors are written
@@ -56,7 +56,27 @@ struct Channels {
 template <Output kind>
 constexpr bool takes_statistics = kind == Output::statistics || kind == Output::activation_statistics;
 template <Output kind>
+constexpr bool activates = kind == Output::activated || kind == Output::activated_first;
+template <Output kind>
 constexpr bool goes_backward = kind == Output::affine_kink || kind == Output::kink_affine;
+
+// What a forward pass writes.
+inline Output output_of(const OutputStatistics& statistics, const PendingActivation& activation) {
+    if (statistics.scale) return statistics.activation_first ? Output::activation_statistics : Output::statistics;
+    if (activation.scale) return activation.activation_first ? Output::activated_first : Output::activated;
+    return Output::plain;
+}
+
+template <Output kind>
+inline Leaky leaky_of(const Destination& to) {
+    return Leaky(activates<kind> || goes_backward<kind> ? to.pending.negative_slope : to.negative_slope);
+}
+
+// Whether pixels are read beside those that are written.
+template <Output kind>
+inline bool reads_pixels(const Destination& to) {
+    return goes_backward<kind> || (activates<kind> && to.pending.stored);
+}
 
 template <Output kind>
 inline Channels channels_of(const Destination& to, Index group, Index begin, Index end) {
@@ -64,7 +84,7 @@ inline Channels channels_of(const Destination& to, Index group, Index begin, Ind
     Channels of{};
     of.count = end - begin;
     if (to.bias) of.bias = load_lanes(to.bias + begin, of.count);
-    if (goes_backward<kind>) {
+    if (activates<kind> || goes_backward<kind>) {
         of.scale = load_lanes(to.pending.scale + at, of.count);
         of.shift = load_lanes(to.pending.shift + at, of.count);
         if (to.mean) of.mean = load_lanes(to.mean + at, of.count);
@@ -76,9 +96,16 @@ template <class T, Output kind, bool whole>
 inline __attribute__((always_inline)) void emit(Vector value, const Destination& to, Index position, Leaky leaky,
                                                 const Channels& of, Vector& sum, Vector& square) {
     value += of.bias;
+    const auto stored = [&] {
+        const T* beside = static_cast<const T*>(to.pending.stored) + position;
+        return whole ? load_vector(beside) : load_lanes(beside, of.count);
+    };
+    if (activates<kind>) {
+        const Vector shift = to.pending.stored ? of.shift + stored() : of.shift;
+        value = pending_activation<kind == Output::activated_first>(value, of.scale, shift, leaky);
+    }
     if (goes_backward<kind>) {
-        const T* stored = static_cast<const T*>(to.pending.stored) + position;
-        const Vector x = whole ? load_vector(stored) : load_lanes(stored, of.count);
+        const Vector x = stored();
         if (kind == Output::affine_kink) {
             value = leaky_relu_grad(value, of.scale * x + of.shift, leaky);
             square += value * (x - of.mean);
@@ -100,7 +127,7 @@ inline __attribute__((always_inline)) void emit(Vector value, const Destination&
 // Two numbers per channel of a strip's: mean and squared deviations, or Σg and Σg·(x − mean), of so many pixels.
 template <Output kind>
 void keep_sums(const Channels* strip, Index vectors, Index begin, Index pixels, Index channels, double* sums) {
-    if (kind == Output::plain) return;
+    if (!takes_statistics<kind> && !goes_backward<kind>) return;
     const double n = static_cast<double>(larger(1, pixels));
     for (Index i = 0; i < vectors; ++i) {
         const Channels& of = strip[i];

@@ -43,7 +43,7 @@ inline void write_tile(const Vector (&rows)[tile][points], const Destination& to
     const Index pixel_stride = to.step * to.channels, row_stride = to.width * pixel_stride;
     Vector sum{}, square{};
     if (height == tile && width == tile && of.count >= lanes) {
-        if (goes_backward<kind>)  // the next tile's, too far apart for the processor to foresee
+        if (reads_pixels<kind>(to))  // the next tile's, too far apart for the processor to foresee
             for (int y = 0; y < tile; ++y)
                 for (int x = 0; x < tile; ++x)
                     prefetch(static_cast<const T*>(to.pending.stored) + corner + y * row_stride +
@@ -90,7 +90,7 @@ void write_block(const Destination& to, Pixel phase, const Order& order, Index f
                  Index begin, Index end, const Transformed& from, double* sums) {
     constexpr int points = points_of<taps>;
     const Tiles& tiles = order.tiles;
-    const Leaky leaky(goes_backward<kind> ? to.pending.negative_slope : to.negative_slope);
+    const Leaky leaky = leaky_of<kind>(to);
     const Map map = phase_map(to, phase);
     const Index group = tiles.segment(first_segment).image / to.group_images;
     for (Index strip = begin; strip < end; strip += strip_vectors * lanes) {
@@ -133,6 +133,10 @@ WriteBlock write_of(Output kind) {
             return write_block<T, taps, Output::statistics>;
         case Output::activation_statistics:
             return write_block<T, taps, Output::activation_statistics>;
+        case Output::activated:
+            return write_block<T, taps, Output::activated>;
+        case Output::activated_first:
+            return write_block<T, taps, Output::activated_first>;
         case Output::affine_kink:
             return write_block<T, taps, Output::affine_kink>;
         case Output::kink_affine:

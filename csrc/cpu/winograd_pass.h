@@ -294,24 +294,14 @@ void forward(const ConvolutionForward& args, const Walk& walk, int threads) {
     const Index images = s.batch / s.groups;
     const OutputStatistics& statistics = args.statistics;
     Pass pass{{args.input, s.height, s.width, s.in_channels, images},
-              {args.output,
-               s.out_height,
-               s.out_width,
-               s.out_channels,
-               images,
-               walk.step(),
-               args.bias,
-               {},
-               nullptr,
-               statistics.negative_slope,
-               false},
+              {args.output, s.out_height, s.out_width, s.out_channels, images, walk.step(), args.bias, args.activation,
+               nullptr, statistics.negative_slope, false},
               walk,
               s.groups,
               s.dtype,
               s.integers,
-              Output::plain};
+              output_of(statistics, args.activation)};
     pass.destination.streams = streams(pass.destination, s.dtype, s.batch);
-    if (statistics.scale) pass.kind = statistics.activation_first ? Output::activation_statistics : Output::statistics;
     run<taps, step>(pass, s.batch, threads, [&](const Parts& parts, Index group, Index begin, Index end) {
         if (statistics.scale) finish_statistics(statistics, parts, group, begin, end);
     });

@@ -138,6 +138,11 @@ def winograd_forward(
     weight_strides: Sequence[int],
     bias: int,
     output: int,
+    output_scale: int,
+    output_shift: int,
+    output_negative_slope: float,
+    output_activation_first: bool,
+    residual: int,
     threads: int,
     /,
 ) -> None: ...

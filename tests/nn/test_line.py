@@ -394,8 +394,9 @@ def test_inference_mode_and_no_grad_compute_the_same(chains):
     with torch.inference_mode():
         inside = fused(image())
     with torch.no_grad():
-        assert torch.equal(fused(image()), expected)
-    assert torch.equal(inside, expected)
+        free = fused(image())
+    assert torch.equal(inside, free)
+    torch.testing.assert_close(inside, expected.detach())  # raw outputs are rounded between the layers: here to float32
     assert chains == [3, 3, 3]
 
 

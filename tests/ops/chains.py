@@ -168,21 +168,20 @@ def choices_of_plain(input: Tensor, layers: Sequence[Layer], groups: int, residu
 
 
 def choices_of_chain(input: Tensor, layers: Sequence[Layer], groups: int, residual: Tensor | None) -> Recorded:
-    """By cutting the chain short, so in its own arithmetic."""
+    """By cutting the chain short, so in its own arithmetic: that of a pass which backward follows."""
     record = Recorded()
 
     def before(i: int, **changes) -> Tensor:
         own = with_grad([*layers[:i], replace(layers[i], **changes)])
-        return conv_bn_leaky_relu_chain(input, own, groups, residual if i == len(layers) - 1 else None)
+        return conv_bn_leaky_relu_chain(input, own, groups, residual if i == len(layers) - 1 else None).detach()
 
-    with torch.no_grad():
-        for i, one in enumerate(layers):
-            straight = {"negative_slope": 1.0, "activation_first": False, "max_pool": False}
-            if one.activation_first:
-                straight |= {"batch_statistics": None, "bn_weight": None, "bn_bias": None}
-            record.sides[i] = before(i, **straight) > 0
-            if one.max_pool:
-                record.max_pool(i, before(i, max_pool=False))
+    for i, one in enumerate(layers):
+        straight = {"negative_slope": 1.0, "activation_first": False, "max_pool": False}
+        if one.activation_first:
+            straight |= {"batch_statistics": None, "bn_weight": None, "bn_bias": None}
+        record.sides[i] = before(i, **straight) > 0
+        if one.max_pool:
+            record.max_pool(i, before(i, max_pool=False))
     return record
 
 

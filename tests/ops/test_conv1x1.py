@@ -263,7 +263,7 @@ def test_a_padded_1x1_kernel_is_refused_before_any_work():
     x, weight = torch.zeros(1, 16, 4, 4), torch.zeros(16, 16, 1, 1)
     arguments = (
         native.Dtype.float32, False, x.shape, 16, 1, 1, x.data_ptr(), 0, 0, 1.0, False, weight.data_ptr(),
-        weight.stride(), 0, x.data_ptr(), 1,
+        weight.stride(), 0, x.data_ptr(), 0, 0, 1.0, False, 0, 1,
     )  # fmt: skip
     with pytest.raises(ValueError, match="padding must be 0; got 1"):
         native.conv1x1_forward(*arguments)

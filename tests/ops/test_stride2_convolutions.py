@@ -252,7 +252,7 @@ def test_a_map_without_output_is_refused_before_any_work():
     x, weight = torch.zeros(1, 16, 1, 8), torch.zeros(16, 16, 4, 4)
     arguments = (
         native.Dtype.float32, False, x.shape, 16, 1, 1, x.data_ptr(), 0, 0, 1.0, False, weight.data_ptr(),
-        weight.stride(), 0, x.data_ptr(), 1,
+        weight.stride(), 0, x.data_ptr(), 0, 0, 1.0, False, 0, 1,
     )  # fmt: skip
     with pytest.raises(ValueError, match=r"the output would be empty; got a map of 1×8 and padding 1"):
         native.winograd_stride2_forward(*arguments)

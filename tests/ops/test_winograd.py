@@ -559,7 +559,8 @@ def _forward_arguments(**changes) -> tuple:
         "dtype": native.Dtype.float32, "integers": False, "input_shape": list(x.shape), "out_channels": 16,
         "padding": 1, "groups": 1, "input": x.data_ptr(), "scale": 0, "shift": 0, "negative_slope": 0.1,
         "activation_first": False, "weight": weight.data_ptr(), "weight_strides": list(weight.stride()), "bias": 0,
-        "output": output.data_ptr(), "threads": 1,
+        "output": output.data_ptr(), "output_scale": 0, "output_shift": 0, "output_negative_slope": 0.1,
+        "output_activation_first": False, "residual": 0, "threads": 1,
     }  # fmt: skip
     return tuple({**arguments, **changes}.values())
 
@@ -577,6 +578,8 @@ def _forward_arguments(**changes) -> tuple:
         ({"output": 6}, "output must be aligned to 4 bytes; got address 6"),
         ({"weight": 0}, "weight must not be null"),
         ({"scale": 8}, "scale and shift go together"),
+        ({"output_shift": 8}, "output_scale and output_shift go together"),
+        ({"residual": 8}, "a residual is added before the activation; got no output_scale"),
     ],
 )
 def test_sizes_and_addresses_are_validated(changes, message):

@@ -116,7 +116,7 @@ class _Chain(torch.autograd.Function):
         output = run_forward(input, residual, layers, tensors, groups, stages.append)
         # The output tells the side of the kink: the residual itself is needed for second derivatives only.
         result = output if residual is not None and layers[-1].negative_slope != 1.0 else None
-        kept = [tensor for s in stages for tensor in (s.pending.stored, *s.statistics, s.pooled, s.winners)]
+        kept = [tensor for s in stages for tensor in (s.pending.stored, *s.statistics, s.written, s.winners)]
         if layers[-1].is_bare:  # the output itself, over which others may write: backward does without
             kept[-len(kept) // len(stages)] = None
         ctx.save_for_backward(input, residual, result, *tensors, *kept)

@@ -53,9 +53,9 @@ def _forward(
     def collect(stage: Stage) -> None:
         moments.append(torch.stack(stage.statistics))  # type: ignore[arg-type]
         if keep:  # an operator's results share no memory: what a last layer pools is the output
-            stored.extend((stage.pending.stored, stage.pooled if len(moments) < len(layers) else None, stage.winners))
+            stored.extend((stage.pending.stored, stage.written if len(moments) < len(layers) else None, stage.winners))
 
-    output = run_forward(input, residual, layers, tensors, statistics_groups, collect)
+    output = run_forward(input, residual, layers, tensors, statistics_groups, collect, keep)
     if keep and layers[-1].is_bare:
         output = output.clone()
     return output, moments, [tensor for tensor in stored if tensor is not None]

@@ -28,13 +28,14 @@ class Stage(NamedTuple):
     """What a layer leaves for backward."""
 
     pending: Pending
-    pooled: Tensor | None = None  # (N, C, H // 2, W // 2)
-    winners: Tensor | None = None  # which of each four, uint8
+    written: Tensor | None = None
+    """The activation, where it does not stay pending: pooled (N, C, H // 2, W // 2), or no backward pass follows."""
+    winners: Tensor | None = None  # of the pooling, which of each four, uint8
 
     @property
     def output(self) -> Pending:
         """What the next layer reads."""
-        return self.pending if self.pooled is None else Pending(self.pooled)
+        return self.pending if self.written is None else Pending(self.written)
 
     @property
     def statistics(self) -> tuple[Tensor | None, ...]:
@@ -75,15 +76,22 @@ def run_forward(
     tensors: Sequence[Tensor | None],
     groups: int,
     keep: Callable[[Stage], object] | None = None,
+    backward: bool = True,
 ) -> Tensor:
-    """The last layer's activation (raw output, where nothing follows); ``keep`` is called with each layer's stage."""
+    """The last layer's activation (raw output, where nothing follows).
+
+    Args:
+        keep: is called with each layer's stage.
+        backward: the stages are kept for it; without, what a layer stores may be its activation.
+    """
     stage, written = Stage(Pending(checks.channels_last(input))), None
     moved: list[Tensor] = []  # by kernels, of which torch is to know
+    kept = keep is not None and backward
     for i, own in enumerate(by_layer(tensors), 1):
         layer, added = layers[i - 1], residual if i == len(layers) else None
         running = _moved_in_kernel(layer)
         moved.extend(running)
-        stage, written = _forward(layer, own, running, stage.output, written, groups, added)
+        stage, written = _forward(layer, own, running, stage.output, written, groups, added, kept)
         if keep is not None:
             keep(stage)
     torch.autograd.graph.increment_version(moved)
@@ -166,11 +174,14 @@ def _forward(
     before: Pending,
     written: Tensor | None,
     groups: int,
-    residual: Tensor | None = None,
+    residual: Tensor | None,
+    kept: bool,
 ) -> tuple[Stage, Tensor | None]:
     """The layer's result, and its activation where that is written already: by a kernel, or with a residual.
 
-    ``moved``: see :func:`_moved_in_kernel`.
+    Args:
+        moved: see :func:`_moved_in_kernel`.
+        kept: the stage is, for backward, which wants the raw output.
     """
     if residual is not None:
         residual = checks.channels_last(residual)
@@ -182,7 +193,16 @@ def _forward(
     norm: Any = (own.bn_weight, own.bn_bias)
     options: Any = (layer.eps, layer.negative_slope, layer.activation_first)
     running: Any = (*moved, layer.momentum) if moved else (None, None, 0.0)
+    given = (layer.running_mean, layer.running_var) if layer.batch_statistics is False else (None, None)
     activation = None
+    if (
+        kernel is not None
+        and kernel.writes_activations
+        and not (kept or layer.batch_statistics or layer.max_pool or layer.is_bare)
+    ):
+        pending = fixed(kernel.output(), *norm, *given, *options, groups)  # type: ignore[call-arg]
+        activation = kernel.activated(before, own.weight, own.bias, pending, residual)
+        return Stage(pending, activation), activation
     if kernel is not None and layer.batch_statistics:
         pending = kernel.forward_with_statistics(before, own.weight, own.bias, *norm, *running, *options, groups)
     else:
@@ -194,7 +214,6 @@ def _forward(
         if layer.batch_statistics:
             pending, activation = kernels.batch_normalised(output, residual, *norm, *running, *options, groups)
         else:
-            given = (None, None) if layer.batch_statistics is None else (layer.running_mean, layer.running_var)
             pending = fixed(output, *norm, *given, *options, groups)  # type: ignore[call-arg]
     if layer.batch_statistics and not moved:
         _move_running_statistics(layer, pending)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,6 +57,8 @@ class NativeConvolution:
     constants: Constants
     dtype: torch.dtype
     output_shape: torch.Size
+    writes_activations: ClassVar = True
+    """Whether there is :meth:`activated`."""
 
     @property
     def folds_weight(self) -> bool:
@@ -67,14 +69,29 @@ class NativeConvolution:
         """(Cout, Cin, kH, kW) float32 as the kernels read it, in whatever order it lies in memory."""
         return weight.float()
 
+    def output(self) -> Tensor:
+        """(N, Cout, H', W'), uninitialised."""
+        return empty_pixels(self.output_shape, self.dtype)
+
     def forward(self, input: Pending, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The raw output (N, Cout, H', W')."""
-        weight, bias = self.kernel_of(weight), float32(bias)
-        output = empty_pixels(self.output_shape, self.dtype)
+        return self.activated(input, weight, bias, Pending(self.output()))
+
+    def activated(
+        self, input: Pending, weight: Tensor, bias: Tensor | None, pending: Pending, residual: Tensor | None = None
+    ) -> Tensor:
+        """lrelu(scale*output + shift + residual), or whatever activation ``pending`` is, written to its ``stored``.
+
+        Args:
+            pending: with fixed statistics; what is stored is not read.
+            residual: like the output, channels_last.
+        """
+        weight, bias, output = self.kernel_of(weight), float32(bias), pending.stored
         self.kernels.forward(
             *self.constants, input.groups, input.stored.data_ptr(), address(input.scale), address(input.shift),
             input.negative_slope, input.activation_first, weight.data_ptr(), weight.stride(), address(bias),
-            output.data_ptr(), torch.get_num_threads(),
+            output.data_ptr(), address(pending.scale), address(pending.shift), pending.negative_slope,
+            pending.activation_first, address(residual), torch.get_num_threads(),
         )  # fmt: skip
         return output
 
@@ -95,7 +112,7 @@ class NativeConvolution:
     ) -> Pending:
         """The output with the norm and the activation after it pending; statistics taken on the way."""
         weight, bias, bn_weight, bn_bias = self.kernel_of(weight), float32(bias), float32(bn_weight), float32(bn_bias)
-        output = empty_pixels(self.output_shape, self.dtype)
+        output = self.output()
         mean, var, scale, shift = statistics(groups, output)
         self.kernels.forward_statistics(
             *self.constants, groups, input.stored.data_ptr(), address(input.scale), address(input.shift),

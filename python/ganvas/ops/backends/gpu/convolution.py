@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -46,6 +46,8 @@ class TritonConvolution:
     """None: what the kernel's heuristic names."""
     activates: bool = False
     """The input's activation is written first, for as long as forward or ``backward_weight`` take."""
+    writes_activations: ClassVar = False
+    """Whether the output's activation can be written instead of the raw output."""
 
     def __str__(self) -> str:
         """How a choice is remembered."""
