@@ -144,13 +144,13 @@ class HostNative:
 def check_arguments(name: str, types: str) -> None:
     """That ``ganvas._native``'s function is called as the one of :class:`HostNative` that stands for it.
 
-    An address, a size and a device's number are integers there.
+    An address, a size and a device's number are integers there, and so is an enumeration.
     """
     native = pytest.importorskip("ganvas._native")
     if not hasattr(native, name):
         pytest.skip("built without CUDA kernels")
     arguments = re.split(r"arg\d+: ", getattr(native, name).__doc__.split(") ->")[0])[1:]
-    kinds = {"SupportsFloat": "f", "Sequence": "s", "bool": "i", "_native.": "i", "SupportsInt": "[lpi]"}
+    kinds = {"SupportsFloat": "f", "Sequence": "s", "bool": "i", "SupportsInt": "[lpi]", "int": "i"}
     found = [next(letter for word, letter in kinds.items() if word in argument) for argument in arguments]
     assert re.fullmatch("".join(found), types.removeprefix("L")), f"{name} takes {found}, is called with {types}"
 
