@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from chains import layer
+from instruction_sets import passes, with_lesser_instruction_sets
 from torch import Tensor
 
 pytest.importorskip("ganvas._native")
 
-from ganvas import _native as native
 from ganvas.ops.backends import cpu
 from ganvas.ops.backends.cpu.convolution import native_convolution
 from ganvas.ops.chain import can_chain, conv_bn_leaky_relu_chain
@@ -104,13 +101,6 @@ def test_a_bare_convolution_stays_what_it_is():
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
 
 
-ISAS = native.build_info()["cpu_isas"]
-
-
-@pytest.mark.parametrize(
-    "isa", ISAS[: ISAS.index(native.selected_isa())] if not os.environ.get("GANVAS_CPU_ISA") else []
-)
+@with_lesser_instruction_sets
 def test_lesser_instruction_sets(isa):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, env={**os.environ, "GANVAS_CPU_ISA": isa}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
+    passes(__file__, isa)

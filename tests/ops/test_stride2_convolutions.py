@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import native_convolutions
 import pytest
@@ -15,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from instruction_sets import passes, with_lesser_instruction_sets
 from native_convolutions import KINDS, Arguments, kernels
 from torch import Tensor
 
@@ -127,26 +124,9 @@ def test_awkward_shapes_are_as_accurate_as_torch(accuracy, name):
     compare_with_torch(accuracy, AWKWARD[name])
 
 
-ISAS = native.build_info()["cpu_isas"]
-
-
-@pytest.mark.parametrize(
-    "isa", ISAS[: ISAS.index(native.selected_isa())] if not os.environ.get("GANVAS_CPU_ISA") else []
-)
+@with_lesser_instruction_sets
 def test_lesser_instruction_sets_pass_the_same_tests(isa):
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "awkward"],
-        env={**os.environ, "GANVAS_CPU_ISA": isa}, capture_output=True, text=True, timeout=300,
-        cwd=Path(__file__).parents[2],
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
+    passes(__file__, isa, "-k", "awkward")
 
 
 # Enough work for five threads: fewer pixels are not worth waking one for.

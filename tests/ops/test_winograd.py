@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from instruction_sets import passes, with_lesser_instruction_sets
 from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
@@ -40,12 +38,9 @@ CHANNELS = (1, 3, 8, 16, 17, 31, 33, 64)
 
 
 @pytest.fixture(autouse=True)
-def threads():
-    """How to set their number: 1 for small tensors, for which more would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
+def _one_thread(threads):
+    """Small tensors: more would only wait for each other."""
+    threads(1)
 
 
 @dataclass(frozen=True)
@@ -309,20 +304,9 @@ def test_maps_that_tiles_do_not_fill_are_as_accurate_as_torch(accuracy, apart, p
             compare_with_torch(accuracy, case)
 
 
-ISAS = native.build_info()["cpu_isas"]
-
-
-@pytest.mark.parametrize(
-    "isa", ISAS[: ISAS.index(native.selected_isa())] if not os.environ.get("GANVAS_CPU_ISA") else []
-)
+@with_lesser_instruction_sets
 def test_lesser_instruction_sets_pass_the_same_tests(isa):
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__,
-         "-k", "awkward or not_finite or do_not_fill"],
-        env={**os.environ, "GANVAS_CPU_ISA": isa}, capture_output=True, text=True, timeout=300,
-        cwd=Path(__file__).parents[2],
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+    passes(__file__, isa, "-k", "awkward or not_finite or do_not_fill")
 
 
 # Enough work for five threads: fewer pixels are not worth waking one for.

@@ -5,23 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ganvas import _native as native
 from ganvas.ops.backends.cpu.kernels import LEAST_CHANNELS, Kernels, NativeConvolution, constants
 from ganvas.ops.convolution import Geometry
 
 _KERNELS = {
-    Geometry(): Kernels(
-        native.conv1x1_forward,
-        native.conv1x1_forward_statistics,
-        native.conv1x1_backward_input,
-        native.conv1x1_backward_weight,
-    ),
-    Geometry(stride=(2, 2)): Kernels(
-        native.conv1x1_stride2_forward,
-        native.conv1x1_stride2_forward_statistics,
-        native.conv1x1_stride2_backward_input,
-        native.conv1x1_stride2_backward_weight,
-    ),
+    Geometry(): Kernels.named("conv1x1"),
+    Geometry(stride=(2, 2)): Kernels.named("conv1x1_stride2"),
 }
 
 

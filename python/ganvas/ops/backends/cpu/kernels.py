@@ -26,6 +26,11 @@ class Kernels(NamedTuple):
     backward_input: Callable[..., None]
     backward_weight: Callable[..., None]
 
+    @classmethod
+    def named(cls, family: str) -> Kernels:
+        """Those of the bindings whose names begin with ``family``."""
+        return cls(*(getattr(native, f"{family}_{entry}") for entry in cls._fields))
+
 
 class Constants(NamedTuple):
     """The arguments that every call begins with."""

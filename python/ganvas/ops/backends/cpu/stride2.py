@@ -15,7 +15,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ganvas import _native as native
 from ganvas.ops.backends.cpu.arguments import empty_pixels
 from ganvas.ops.backends.cpu.kernels import LEAST_CHANNELS, Kernels, NativeConvolution, constants
 from ganvas.ops.pending import Pending
@@ -23,18 +22,8 @@ from ganvas.ops.pending import Pending
 _Rows = tuple[tuple[float, float, float], ...]
 
 
-_PLAIN = Kernels(
-    native.winograd_stride2_forward,
-    native.winograd_stride2_forward_statistics,
-    native.winograd_stride2_backward_input,
-    native.winograd_stride2_backward_weight,
-)
-_TRANSPOSED = Kernels(
-    native.winograd_stride2_transposed_forward,
-    native.winograd_stride2_transposed_forward_statistics,
-    native.winograd_stride2_transposed_backward_input,
-    native.winograd_stride2_transposed_backward_weight,
-)
+_PLAIN = Kernels.named("winograd_stride2")
+_TRANSPOSED = Kernels.named("winograd_stride2_transposed")
 
 
 class _Form(NamedTuple):

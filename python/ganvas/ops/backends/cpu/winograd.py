@@ -5,16 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ganvas import _native as native
 from ganvas.ops.backends.cpu.kernels import LEAST_CHANNELS, Kernels, NativeConvolution, constants
 from ganvas.ops.convolution import Geometry
 
-_KERNELS = Kernels(
-    native.winograd_forward,
-    native.winograd_forward_statistics,
-    native.winograd_backward_input,
-    native.winograd_backward_weight,
-)
+_KERNELS = Kernels.named("winograd")
 
 
 def takes(geometry: Geometry, weight: Tensor, input_shape: torch.Size) -> bool:
