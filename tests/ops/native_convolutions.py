@@ -31,6 +31,7 @@ class Case(ABC):
     pending: str = "affine_kink"
     statistics_of_activation: bool = False  # the order convolution, activation, norm
     has_bias: bool = True
+    weight_format: torch.memory_format = torch.contiguous_format
     dtype: torch.dtype = torch.float32
     slope: float = 0.2
     seed: int = 0
@@ -50,7 +51,7 @@ class Case(ABC):
         """As torch has it."""
 
     @abstractmethod
-    def convolve(self, input: Tensor, weight: Tensor) -> Tensor:
+    def convolve(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """The convolution in torch's words."""
 
 
@@ -69,7 +70,8 @@ class Arguments:
 
         taps = case.weight_shape[2] * case.weight_shape[3]
         self.stored = pixels(*case.input_shape)
-        self.weight = (normal(*case.weight_shape) / (taps * case.in_channels) ** 0.5).to(case.dtype)
+        weight = normal(*case.weight_shape) / (taps * case.in_channels) ** 0.5
+        self.weight = weight.to(case.dtype).contiguous(memory_format=case.weight_format)
         self.bias = normal(case.out_channels).to(case.dtype) if case.has_bias else None
         self.grad_output = pixels(*case.convolve(self.stored, self.weight).shape)
         pending = case.pending != "stored"
@@ -136,9 +138,9 @@ def layer_by_layer(of: Arguments, dtype: torch.dtype) -> dict[str, Tensor]:
     wide = torch.promote_types(dtype, torch.float32)  # in which torch's own norms do their sums
     input = of.activation(wide).to(dtype).requires_grad_()
     weight = of.weight.to(dtype).requires_grad_()
-    raw = of.case.convolve(input, weight)
-    grad_input, grad_weight = torch.autograd.grad(raw, (input, weight), of.grad_output.to(dtype))
-    output = raw.detach() if of.bias is None else raw.detach() + of.bias.to(dtype)[:, None, None]
+    output = case.convolve(input, weight, None if of.bias is None else of.bias.to(dtype))
+    grad_input, grad_weight = torch.autograd.grad(output, (input, weight), of.grad_output.to(dtype))
+    output = output.detach()
     if case.pending == "affine_kink":
         grad_input = of.kink(grad_input)
     values = of.by_group((F.leaky_relu(output, case.slope) if case.statistics_of_activation else output).to(wide))
@@ -186,10 +188,13 @@ def sizes(of: Arguments, exact: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def compare_with_torch(accuracy, case: Case, growth: float, rounding: float) -> None:
-    """``growth``: the floor of the tolerance, in float32 roundings of what a result's terms add up to.
+def compare_with_torch(accuracy, case: Case, growth: float, rounding: float, sharing: int = 4) -> None:
+    """Every result within the tolerance.
 
-    ``rounding``: of the products' factors where pixels are bfloat16, root mean square.
+    Args:
+        growth: the floor of the tolerance, in float32 roundings of what a result's terms add up to.
+        rounding: of the products' factors where pixels are bfloat16, root mean square.
+        sharing: how many values share their errors.
     """
     of = Arguments(case)
     ours, torchs, exact = kernels(of), layer_by_layer(of, case.dtype), layer_by_layer(of, torch.float64)
@@ -198,7 +203,7 @@ def compare_with_torch(accuracy, case: Case, growth: float, rounding: float) -> 
         pixels = name.startswith("output") or name == "grad_input"
         assert result.dtype is (case.dtype if pixels else torch.float32), name
         # The root mean square of so few values may by chance be three standard deviations off.
-        by_chance = 1 + 3 / (result.numel() / 4) ** 0.5
+        by_chance = 1 + 3 / (result.numel() / sharing) ** 0.5
         floor = by_chance * growth * torch.finfo(torch.float32).eps * terms[name]
         if result.dtype is torch.bfloat16:  # the one rounding to what is stored
             floor = floor + torch.finfo(torch.bfloat16).eps / 2 * exact[name].abs()

@@ -47,9 +47,9 @@ class Case(native_convolutions.Case):
     def weight_shape(self) -> tuple[int, int, int, int]:
         return (self.out_channels, self.in_channels, 1, 1)
 
-    def convolve(self, input: Tensor, weight: Tensor) -> Tensor:
+    def convolve(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         # Not torch's own stride: of few channels its oneDNN makes a wrong weight gradient.
-        return F.conv2d(input[:, :, :: self.stride, :: self.stride], weight)
+        return F.conv2d(input[:, :, :: self.stride, :: self.stride], weight, bias)
 
 
 def compare_with_torch(accuracy, case: Case) -> None:

@@ -24,13 +24,13 @@ from ganvas.ops.backends.cpu.stride2 import Convolution
 from ganvas.ops.pending import Pending
 
 # What each of them is, in torch's words.
-TORCH: dict[Convolution, Callable[[Tensor, Tensor], Tensor]] = {
-    Convolution.conv4x4: lambda x, w: F.conv2d(x, w, stride=2, padding=1),
-    Convolution.conv_transpose4x4: lambda x, w: F.conv_transpose2d(x, w, stride=2, padding=1),
-    Convolution.conv3x3_even: lambda x, w: F.conv2d(x, w, stride=2, padding=1),
-    Convolution.conv3x3_odd: lambda x, w: F.conv2d(x, w, stride=2, padding=1),
-    Convolution.conv3x3_avg_pool2: lambda x, w: F.avg_pool2d(F.conv2d(x, w, padding=1), 2),
-    Convolution.upsample2_conv3x3: lambda x, w: F.conv2d(F.interpolate(x, scale_factor=2.0), w, padding=1),
+TORCH: dict[Convolution, Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {
+    Convolution.conv4x4: lambda x, w, b: F.conv2d(x, w, b, stride=2, padding=1),
+    Convolution.conv_transpose4x4: lambda x, w, b: F.conv_transpose2d(x, w, b, stride=2, padding=1),
+    Convolution.conv3x3_even: lambda x, w, b: F.conv2d(x, w, b, stride=2, padding=1),
+    Convolution.conv3x3_odd: lambda x, w, b: F.conv2d(x, w, b, stride=2, padding=1),
+    Convolution.conv3x3_avg_pool2: lambda x, w, b: F.avg_pool2d(F.conv2d(x, w, b, padding=1), 2),
+    Convolution.upsample2_conv3x3: lambda x, w, b: F.conv2d(F.interpolate(x, scale_factor=2.0), w, b, padding=1),
 }
 PARITY = {Convolution.conv3x3_even: 0, Convolution.conv3x3_odd: 1}  # of the maps that it takes
 
@@ -57,8 +57,8 @@ class Case(native_convolutions.Case):
         side, channels = 3 if self.convolution.value.rows else 4, (self.out_channels, self.in_channels)
         return (*(channels[::-1] if self.convolution is Convolution.conv_transpose4x4 else channels), side, side)
 
-    def convolve(self, input: Tensor, weight: Tensor) -> Tensor:
-        return TORCH[self.convolution](input, weight)
+    def convolve(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return TORCH[self.convolution](input, weight, bias)
 
 
 def compare_with_torch(accuracy, case: Case) -> None:

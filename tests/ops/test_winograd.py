@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import native_convolutions
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from instruction_sets import passes, with_lesser_instruction_sets
+from native_convolutions import KINDS, Arguments, kernels, layer_by_layer
 from torch import Tensor
-from torch.nn.grad import conv2d_input, conv2d_weight
 
 pytest.importorskip("ganvas._native")
 
@@ -32,7 +33,6 @@ GROWTH = 5.02
 # of one, root mean square, and the largest factor of a tile, a column or a run of tiles is about three times the root
 # mean square.
 INTEGER_ROUNDING = 3 * (8191**-2 + 4095**-2) ** 0.5 / 12**0.5
-KINDS = ("stored", "affine_kink", "kink_affine")
 DTYPES = (torch.float32, torch.bfloat16)
 CHANNELS = (1, 3, 8, 16, 17, 31, 33, 64)
 
@@ -44,93 +44,23 @@ def _one_thread(threads):
 
 
 @dataclass(frozen=True)
-class Case:
-    images: int = 2  # of a statistics group
-    in_channels: int = 16
-    out_channels: int = 16
-    height: int = 8
-    width: int = 8
+class Case(native_convolutions.Case):
     padding: int = 1
-    groups: int = 1
-    kind: str = "affine_kink"
-    statistics_of_activation: bool = False  # the order convolution, activation, norm
-    has_bias: bool = True
-    weight_format: torch.memory_format = torch.contiguous_format
-    dtype: torch.dtype = torch.float32
-    slope: float = 0.2
-    seed: int = 0
 
     @property
-    def geometry(self) -> Geometry:
-        return Geometry(padding=(self.padding, self.padding))
+    def native(self) -> NativeConvolution:
+        return self.native_of(self.input_shape)
 
-
-class Arguments:
-    """Random tensors for a case: a pending input, weight and bias, the gradient of the output."""
-
-    def __init__(self, case: Case) -> None:
-        self.case = case
-        generator = torch.Generator().manual_seed(case.seed)
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator)
-
-        def pixels(channels: int, grown: int) -> Tensor:
-            values = normal(case.images * case.groups, channels, case.height + grown, case.width + grown)
-            return values.to(case.dtype).contiguous(memory_format=torch.channels_last)
-
-        self.stored, self.grad_output = pixels(case.in_channels, 0), pixels(case.out_channels, 2 * case.padding - 2)
-        weight = normal(case.out_channels, case.in_channels, 3, 3) / (9 * case.in_channels) ** 0.5
-        self.weight = weight.to(case.dtype).contiguous(memory_format=case.weight_format)
-        self.bias = normal(case.out_channels).to(case.dtype) if case.has_bias else None
-        pending = case.kind != "stored"
-        self.scale, self.shift, self.mean = (
-            normal(case.groups, case.in_channels) if pending else None for _ in range(3)
-        )
+    def native_of(self, input: torch.Size) -> NativeConvolution:
+        geometry = Geometry(padding=(self.padding, self.padding))
+        return winograd.convolution(geometry, torch.Size(self.weight_shape), input, self.dtype)
 
     @property
-    def pending(self) -> Pending:
-        return Pending(
-            self.stored, self.scale, self.shift, self.mean, negative_slope=self.case.slope,
-            activation_first=self.case.kind == "kink_affine",
-        )  # fmt: skip
+    def weight_shape(self) -> tuple[int, int, int, int]:
+        return (self.out_channels, self.in_channels, 3, 3)
 
-    def per_image(self, values: Tensor, dtype: torch.dtype) -> Tensor:
-        """(G, C) to (N, C, 1, 1)."""
-        return values.to(dtype).repeat_interleave(self.case.images, 0)[:, :, None, None]
-
-    def by_group(self, values: Tensor) -> Tensor:
-        """(N, C, H, W) to (G, C, pixels)."""
-        groups, (batch, channels) = self.case.groups, values.shape[:2]
-        return values.reshape(groups, batch // groups, channels, -1).transpose(1, 2).flatten(2)
-
-    def side(self) -> Tensor | float:
-        """Of the input's kink, in exact arithmetic: one pixel on the other side would be an error of another kind."""
-        if self.case.kind == "affine_kink":
-            scale, shift = self.per_image(self.scale, torch.float64), self.per_image(self.shift, torch.float64)
-            return scale * self.stored.double() + shift > 0
-        return self.stored > 0
-
-    def kink(self, values: Tensor) -> Tensor:
-        return torch.where(self.side(), values, self.case.slope * values)
-
-    def normalised(self, dtype: torch.dtype) -> Tensor:
-        """What the norm before the pending map takes its statistics of."""
-        stored = self.stored.to(dtype)
-        return self.kink(stored) if self.case.kind == "kink_affine" else stored
-
-    def activation(self, dtype: torch.dtype) -> Tensor:
-        x = self.normalised(dtype)
-        if self.case.kind == "stored":
-            return x
-        x = self.per_image(self.scale, dtype) * x + self.per_image(self.shift, dtype)
-        return self.kink(x) if self.case.kind == "affine_kink" else x
-
-
-def convolution(of: Arguments, stored: Tensor | None = None) -> NativeConvolution:
-    """The kernels, for ``stored`` in place of the arguments'."""
-    stored = of.stored if stored is None else stored
-    return winograd.convolution(of.case.geometry, of.weight.shape, stored.shape, stored.dtype)
+    def convolve(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.conv2d(input, weight, bias, padding=self.padding)
 
 
 def with_statistics(of: Arguments, **changes) -> Pending:
@@ -140,93 +70,11 @@ def with_statistics(of: Arguments, **changes) -> Pending:
         "bn_bias": None, "running_mean": None, "running_var": None, "momentum": 0.0, "eps": 1e-5,
         "negative_slope": of.case.slope, "activation_first": of.case.statistics_of_activation, "groups": of.case.groups,
     }  # fmt: skip
-    return convolution(of).forward_with_statistics(**{**arguments, **changes})
-
-
-def kernels(of: Arguments) -> dict[str, Tensor]:
-    """Everything that the native kernels compute."""
-    case, pending = of.case, of.pending
-    after = with_statistics(of)
-    grad_input, sums = convolution(of).backward_input(of.grad_output, of.weight, pending)
-    results = {
-        "output": convolution(of).forward(pending, of.weight, of.bias),
-        "output beside statistics": after.stored,
-        "mean": after.mean,
-        "var": after.var,
-        "grad_input": grad_input,
-        "grad_weight": convolution(of).backward_weight(of.grad_output, of.weight, pending),
-    }
-    if case.kind != "stored":
-        results |= {"sum": sums[0], "sum_deviation": sums[1]}
-    return results
-
-
-def layer_by_layer(of: Arguments, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The same by torch, every tensor of pixels stored in ``dtype``."""
-    case, padding = of.case, of.case.padding
-    wide = torch.promote_types(dtype, torch.float32)  # in which torch's own norms do their sums
-    activation, weight, grad_output = of.activation(wide).to(dtype), of.weight.to(dtype), of.grad_output.to(dtype)
-    output = F.conv2d(activation, weight, None if of.bias is None else of.bias.to(dtype), padding=padding)
-    grad = conv2d_input(activation.shape, weight, grad_output, padding=padding)
-    if case.kind == "affine_kink":
-        grad = of.kink(grad)
-    values = of.by_group((F.leaky_relu(output, case.slope) if case.statistics_of_activation else output).to(wide))
-    results = {
-        "output": output,
-        "output beside statistics": output,
-        "mean": values.mean(2),
-        "var": values.var(2, unbiased=False),
-        "grad_input": grad,
-        "grad_weight": conv2d_weight(activation, weight.shape, grad_output, padding=padding),
-    }
-    if case.kind != "stored":
-        deviation = of.normalised(wide) - of.per_image(of.mean, wide)
-        results["sum"] = of.by_group(grad.to(wide)).sum(2)
-        results["sum_deviation"] = of.by_group(grad.to(wide) * deviation).sum(2)
-    return results
-
-
-def sizes(of: Arguments, exact: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What the terms of each result add up to when they do not cancel: roots of the sums of their squares."""
-    padding, squared_weight = of.case.padding, of.weight.double().square()
-    squared_activation, squared_grad = of.activation(torch.float64).square(), of.grad_output.double().square()
-    output = F.conv2d(squared_activation, squared_weight, padding=padding).sqrt()
-    grad_input = conv2d_input(squared_activation.shape, squared_weight, squared_grad, padding=padding).sqrt()
-    level = of.by_group(output).mean(2) + (0 if of.bias is None else of.bias.double().abs())
-    found = {
-        "output": output,
-        "output beside statistics": output,
-        "mean": level,
-        "var": exact["var"] + 2 * exact["var"].sqrt() * level,
-        "grad_input": grad_input,
-        "grad_weight": conv2d_weight(squared_activation, of.weight.shape, squared_grad, padding=padding).sqrt(),
-    }
-    if of.case.kind != "stored":
-        deviation = of.normalised(torch.float64) - of.per_image(of.mean, torch.float64)
-        found["sum"] = of.by_group(grad_input).sum(2)
-        found["sum_deviation"] = of.by_group(grad_input * deviation.abs()).sum(2)
-    return found
+    return of.case.native.forward_with_statistics(**{**arguments, **changes})
 
 
 def compare_with_torch(accuracy, case: Case) -> None:
-    of = Arguments(case)
-    ours, torchs, exact = kernels(of), layer_by_layer(of, case.dtype), layer_by_layer(of, torch.float64)
-    terms = sizes(of, exact)
-    for name, result in ours.items():
-        pixels = name.startswith("output") or name == "grad_input"
-        assert result.dtype is (case.dtype if pixels else torch.float32), name
-        # Three standard deviations, which average out over many values, of which the 16 of a tile share their errors.
-        by_chance = 1 + 3 / (result.numel() / 16) ** 0.5
-        floor = GROWTH * by_chance * torch.finfo(torch.float32).eps * terms[name]
-        if result.dtype is torch.bfloat16:
-            floor = (
-                floor + torch.finfo(torch.bfloat16).eps / 2 * exact[name].abs()
-            )  # the one rounding to what is stored
-        if case.dtype is torch.bfloat16:
-            floor = floor + GROWTH * by_chance * INTEGER_ROUNDING * terms[name]
-        factor = 3.0 if name in ("grad_input", "grad_weight", "sum", "sum_deviation") else 2.0
-        floor = floor / torch.finfo(result.dtype).eps
-        accuracy.check(name, result, exact[name], torchs[name], exact[name], factor, floor)
+    native_convolutions.compare_with_torch(accuracy, case, GROWTH, INTEGER_ROUNDING, sharing=16)  # those of a tile
 
 
 def cases(largest: int, channels: tuple[int, ...]) -> st.SearchStrategy[Case]:
@@ -242,7 +90,7 @@ def cases(largest: int, channels: tuple[int, ...]) -> st.SearchStrategy[Case]:
         width=st.integers(1, largest),
         padding=st.integers(0, 2),
         groups=st.sampled_from([1, 1, 2, 3]),
-        kind=st.sampled_from(KINDS),
+        pending=st.sampled_from(KINDS),
         statistics_of_activation=st.booleans(),
         has_bias=st.booleans(),
         weight_format=st.sampled_from([torch.contiguous_format, torch.channels_last]),
@@ -270,7 +118,7 @@ def test_random_larger_shapes_are_as_accurate_as_torch(accuracy, case):
 
 AWKWARD = {
     "one pixel": Case(images=1, height=1, width=1),
-    "one pixel, padded by two": Case(images=1, height=1, width=1, padding=2, kind="kink_affine"),
+    "one pixel, padded by two": Case(images=1, height=1, width=1, padding=2, pending="kink_affine"),
     "one output": Case(images=1, height=3, width=3, padding=0),
     "one channel": Case(in_channels=1, out_channels=1, height=5, width=6),
     "channel tails": Case(in_channels=33, out_channels=47, height=9, width=7, statistics_of_activation=True),
@@ -279,7 +127,7 @@ AWKWARD = {
     "few tiles, many channels": Case(images=1, in_channels=200, out_channels=300, height=4, width=4),
     "few tiles, none of them whole": Case(images=3, in_channels=200, out_channels=300, height=6, width=9, groups=3),
     "and as integers": Case(images=3, in_channels=200, out_channels=300, height=2, width=7, dtype=torch.bfloat16),
-    "many images of one tile": Case(images=33, height=2, width=3, groups=3, kind="kink_affine"),
+    "many images of one tile": Case(images=33, height=2, width=3, groups=3, pending="kink_affine"),
     "bfloat16 tails": Case(in_channels=19, out_channels=21, height=6, width=10, dtype=torch.bfloat16, groups=2),
 }
 
@@ -300,7 +148,17 @@ def test_maps_that_tiles_do_not_fill_are_as_accurate_as_torch(accuracy, apart, p
     """All pairs of remainders; blocks and runs of tiles begin and end anywhere in an image."""
     for height, width in zip(SIZES, SIZES[apart:] + SIZES[:apart]):
         if min(height, width) + 2 * padding >= 3:
-            case = Case(3, 18, 50, height, width, padding, groups=2, dtype=dtype, seed=height)
+            case = Case(
+                padding,
+                images=3,
+                in_channels=18,
+                out_channels=50,
+                height=height,
+                width=width,
+                groups=2,
+                dtype=dtype,
+                seed=height,
+            )
             compare_with_torch(accuracy, case)
 
 
@@ -312,7 +170,7 @@ def test_lesser_instruction_sets_pass_the_same_tests(isa):
 # Enough work for five threads: fewer pixels are not worth waking one for.
 SEVERAL_THREADS = {
     "tiles to share": Case(images=3, in_channels=24, out_channels=40, height=22, width=19, groups=2),
-    "channels to share": Case(images=1, in_channels=320, out_channels=250, height=8, width=8, kind="kink_affine"),
+    "channels to share": Case(images=1, in_channels=320, out_channels=250, height=8, width=8, pending="kink_affine"),
     "bfloat16": Case(images=2, in_channels=70, out_channels=48, height=23, width=30, dtype=torch.bfloat16),
 }
 
@@ -341,12 +199,12 @@ def test_output_too_large_for_the_cache_has_the_bits_of_its_parts(threads):
     of = Arguments(
         Case(images=64, in_channels=16, out_channels=32, height=64, width=64, weight_format=torch.channels_last)
     )
-    whole = convolution(of).forward(of.pending, of.weight, None)
+    whole = of.case.native.forward(of.pending, of.weight, None)
     assert whole.nbytes >= 32 << 20
-    gradient, _ = convolution(of).backward_input(whole, of.weight, of.pending)
+    gradient, _ = of.case.native.backward_input(whole, of.weight, of.pending)
     for images in torch.arange(64).split(8):
         part = of.pending._replace(stored=of.stored[images])
-        kernels = convolution(of, part.stored)
+        kernels = of.case.native_of(part.stored.shape)
         output = kernels.forward(part, of.weight, None)
         assert torch.equal(output, whole[images])
         assert torch.equal(kernels.backward_input(output, of.weight, part)[0], gradient[images])
@@ -371,7 +229,7 @@ SPREADS = {
 def test_bfloat16_of_any_spread_is_as_accurate_as_torch(accuracy, spread, channels):
     torch.manual_seed(0)
     of = Arguments(
-        Case(in_channels=channels, out_channels=channels, kind="stored", dtype=torch.bfloat16, has_bias=False)
+        Case(in_channels=channels, out_channels=channels, pending="stored", dtype=torch.bfloat16, has_bias=False)
     )
     for tensor in (of.stored, of.grad_output):
         tensor.copy_(SPREADS[spread](*tensor.shape))
@@ -383,11 +241,11 @@ def test_bfloat16_of_any_spread_is_as_accurate_as_torch(accuracy, spread, channe
 @pytest.mark.parametrize("value", [1.0, -1e37, 1e-36, 0.0])
 def test_bfloat16_of_equal_numbers_overflows_nothing(value):
     """The largest sums of integers that there are, and the largest and the smallest scales."""
-    of = Arguments(Case(in_channels=256, out_channels=16, kind="stored", dtype=torch.bfloat16, has_bias=False))
+    of = Arguments(Case(in_channels=256, out_channels=16, pending="stored", dtype=torch.bfloat16, has_bias=False))
     of.stored.fill_(value)
     of.weight.fill_(1e-3)
     output, expected = (
-        convolution(of).forward(of.pending, of.weight, None),
+        of.case.native.forward(of.pending, of.weight, None),
         layer_by_layer(of, torch.float64),
     )
     torch.testing.assert_close(output.double(), expected["output"], rtol=1e-2, atol=1e-37)
@@ -395,19 +253,19 @@ def test_bfloat16_of_equal_numbers_overflows_nothing(value):
 
 @pytest.mark.parametrize("value", [1.0, -1e16, 1e-16, 0.0])
 def test_bfloat16_weight_gradient_of_equal_numbers_overflows_nothing(value):
-    of = Arguments(Case(images=4, height=32, width=32, kind="stored", dtype=torch.bfloat16))
+    of = Arguments(Case(images=4, height=32, width=32, pending="stored", dtype=torch.bfloat16))
     of.stored.fill_(value)
     of.grad_output.fill_(abs(value))
     expected = layer_by_layer(of, torch.float64)["grad_weight"]
-    gradient = convolution(of).backward_weight(of.grad_output, of.weight, of.pending)
+    gradient = of.case.native.backward_weight(of.grad_output, of.weight, of.pending)
     torch.testing.assert_close(gradient.double(), expected, rtol=1e-3, atol=1e-37)
 
 
 @pytest.mark.parametrize("tensor", ["stored", "grad_output"])
 def test_bfloat16_weight_gradient_does_not_lose_a_nan(tensor):
-    of = Arguments(Case(images=4, height=32, width=32, kind="stored", dtype=torch.bfloat16))
+    of = Arguments(Case(images=4, height=32, width=32, pending="stored", dtype=torch.bfloat16))
     getattr(of, tensor)[1, 3, 5, 7] = torch.nan
-    gradient = convolution(of).backward_weight(of.grad_output, of.weight, of.pending)
+    gradient = of.case.native.backward_weight(of.grad_output, of.weight, of.pending)
     channel = gradient[:, 3] if tensor == "stored" else gradient[3]
     assert channel.isnan().all()
     assert gradient.isnan().sum() == channel.numel()
@@ -426,7 +284,7 @@ def multiplies_integers() -> bool:
 
 
 def test_medium_float32_precision_is_finer_than_factors_rounded_to_bfloat16(precision):
-    of = Arguments(Case(in_channels=64, out_channels=64, height=17, width=20, kind="stored", has_bias=False))
+    of = Arguments(Case(in_channels=64, out_channels=64, height=17, width=20, pending="stored", has_bias=False))
     exact, plain = layer_by_layer(of, torch.float64), kernels(of)
     precision("high")
     assert all(torch.equal(result, plain[name]) for name, result in kernels(of).items())
@@ -466,7 +324,7 @@ def test_running_statistics_move_towards_each_group_in_order():
 
 
 def test_statistics_survive_a_mean_far_from_zero():
-    of = Arguments(Case(images=8, height=12, width=12, kind="stored"))
+    of = Arguments(Case(images=8, height=12, width=12, pending="stored"))
     of.bias = torch.full((16,), 1000.0)
     after = with_statistics(of)
     exact = F.conv2d(of.stored.double(), of.weight.double(), of.bias.double(), padding=1)
@@ -479,7 +337,7 @@ def test_padding_contributes_zero_after_the_shift():
     of = Arguments(Case(images=1, height=2, width=2, padding=2))
     of.stored.zero_(), of.shift.fill_(1.0), of.weight.fill_(1.0)
     of.bias = None
-    output = convolution(of).forward(of.pending, of.weight, None)[0, 0]
+    output = of.case.native.forward(of.pending, of.weight, None)[0, 0]
     inside = torch.tensor([1.0, 2.0, 2.0, 1.0])  # taps of each row or column that meet the image
     torch.testing.assert_close(output, 16 * inside[:, None] * inside, rtol=0, atol=1e-3)
 
@@ -488,7 +346,7 @@ def test_padding_contributes_zero_after_the_shift():
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_not_finite_stays_so_and_reaches_no_further_than_its_tiles(bad, kind):
     """Winograd spreads a NaN or an infinity over the 4×4 tiles of output whose 6×6 windows hold it."""
-    of = Arguments(Case(images=2, height=11, width=14, kind=kind))
+    of = Arguments(Case(images=2, height=11, width=14, pending=kind))
     clean = kernels(of)
     of.stored[1, 3, 5, 8] = float(bad)
     dirty, torchs = kernels(of), layer_by_layer(of, torch.float32)
