@@ -49,9 +49,11 @@ void pack_columns(const MatrixProduct& args, Index k, Index depth, Index column,
     const float* from = args.b + k * args.b_depth + column * args.b_column;
     if (args.b_column == 1) {
         for (Index i = 0; i < depth; ++i)
-            for (Index j = 0; j < width; j += lanes)
+            for (Index j = 0; j < width; j += lanes) {
+                prefetch(from + i * args.b_depth + j + tile_columns);  // the next panel's: a line of each row
                 store_vector(rows + i * width + j,
                              j < columns ? load_lanes(from + i * args.b_depth + j, columns - j) : Vector{});
+            }
         return;
     }
     for (Index i = 0; i < depth; i += lanes)
