@@ -5,13 +5,17 @@
 #include <array>
 #include <cstdint>
 #include <cstdlib>
+#include <memory>
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
 #include "cpu/batch_norm_leaky_relu.h"
+#include "cpu/chain.h"
+#include "cpu/channel_sums.h"
 #include "cpu/convolutions.h"
 #include "cpu/gan_loss.h"
 #include "cpu/isa.h"
@@ -47,6 +51,11 @@ template <>
 struct type_caster<ganvas::Dtype> : numbered<ganvas::Dtype, 3> {};
 template <>
 struct type_caster<ganvas::GanLoss> : numbered<ganvas::GanLoss, 6> {};
+template <>
+struct type_caster<ganvas::cpu::ConvolutionKind>
+    : numbered<ganvas::cpu::ConvolutionKind, static_cast<int>(ganvas::cpu::ConvolutionKind::count)> {};
+template <>
+struct type_caster<ganvas::cpu::Norm> : numbered<ganvas::cpu::Norm, static_cast<int>(ganvas::cpu::Norm::count)> {};
 
 }  // namespace pybind11::detail
 
@@ -77,7 +86,7 @@ void require_address(const char* name, Address address, std::size_t alignment) {
 }
 
 std::size_t element_size(Dtype dtype) {
-    return dtype == Dtype::float32 ? 4 : 2;
+    return static_cast<std::size_t>(element_bytes(dtype));
 }
 
 void require_cpu_dtype(Dtype dtype) {
@@ -179,44 +188,21 @@ void batch_norm_add_leaky_relu_backward_(Dtype dtype, std::int64_t rows, std::in
 
 using Strides = std::array<std::int64_t, 4>;
 
-// A convolution's output along one axis, whose kernel lies in the name.
-using OutputLength = std::int64_t (*)(std::int64_t length, std::int64_t padding);
-
-std::int64_t length_1x1(std::int64_t length, std::int64_t padding) {
-    require(padding == 0, "a 1×1 kernel's padding must be 0; got ", padding);
-    return length;
-}
-
-std::int64_t length_1x1_stride2(std::int64_t length, std::int64_t padding) {
-    return (length_1x1(length, padding) + 1) / 2;
-}
-
-std::int64_t length_3x3(std::int64_t length, std::int64_t padding) {
-    return length + 2 * padding - 2;
-}
-
-std::int64_t length_4x4_stride2(std::int64_t length, std::int64_t padding) {
-    return length + 2 * padding < 4 ? 0 : (length + 2 * padding - 4) / 2 + 1;
-}
-
-std::int64_t length_4x4_stride2_transposed(std::int64_t length, std::int64_t padding) {
-    return 2 * (length - 1) - 2 * padding + 4;
-}
-
-template <OutputLength output_length>
-ConvolutionShape convolution_shape(Dtype dtype, bool integers, const Strides& input_shape, std::int64_t out_channels,
-                                   std::int64_t padding, std::int64_t groups) {
+std::shared_ptr<Convolution> make_convolution(ConvolutionKind kind, Dtype dtype, bool integers,
+                                              const Strides& input_shape, std::int64_t out_channels,
+                                              std::int64_t padding) {
     require_cpu_dtype(dtype);
     const auto [batch, channels, height, width] = input_shape;
-    require(batch >= 1 && channels >= 1 && out_channels >= 1, "batch and channels must be at least 1; got batch ",
-            batch, ", channels ", channels, " and ", out_channels);
-    require(height >= 1 && width >= 1, "the map must have pixels; got ", height, "×", width);
-    require(padding >= 0 && padding <= 2, "padding must be 0, 1 or 2; got ", padding);
-    const std::int64_t out_height = output_length(height, padding), out_width = output_length(width, padding);
-    require(out_height >= 1 && out_width >= 1, "the output would be empty; got a map of ", height, "×", width,
-            " and padding ", padding);
-    require(groups >= 1 && batch % groups == 0, "groups must divide the batch; got ", groups, " groups, batch ", batch);
-    return {dtype, integers, batch, height, width, out_height, out_width, channels, out_channels, padding, groups};
+    return std::make_shared<Convolution>(
+        kind, ConvolutionShape{dtype, integers, batch, height, width, 0, 0, channels, out_channels, padding, 1});
+}
+
+ConvolutionShape with_groups(const Convolution& convolution, std::int64_t groups) {
+    ConvolutionShape shape = convolution.shape;
+    require(groups >= 1 && shape.batch % groups == 0, "groups must divide the batch; got ", groups, " groups, batch ",
+            shape.batch);
+    shape.groups = groups;
+    return shape;
 }
 
 PendingActivation pending_activation(const ConvolutionShape& shape, Address stored, Address scale, Address shift,
@@ -233,87 +219,177 @@ ConvolutionWeight convolution_weight(Address values, const Strides& strides) {
     return {pointer<float>(values), strides[0], strides[1], strides[2], strides[3]};
 }
 
-template <OutputLength output_length, void (*kernel)(const ConvolutionForward&, int)>
-void convolution_forward_(Dtype dtype, bool integers, const Strides& input_shape, std::int64_t out_channels,
-                          std::int64_t padding, std::int64_t groups, Address input, Address scale, Address shift,
-                          float negative_slope, bool activation_first, Address weight, const Strides& weight_strides,
-                          Address bias, Address output, Address output_scale, Address output_shift,
-                          float output_negative_slope, bool output_activation_first, Address residual, int threads) {
-    const auto shape = convolution_shape<output_length>(dtype, integers, input_shape, out_channels, padding, groups);
-    require_address("output", output, element_size(dtype));
+void convolution_forward_(const Convolution& convolution, std::int64_t groups, Address input, Address scale,
+                          Address shift, float negative_slope, bool activation_first, Address weight,
+                          const Strides& weight_strides, Address bias, Address output, Address output_scale,
+                          Address output_shift, float output_negative_slope, bool output_activation_first,
+                          Address residual, int threads) {
+    const auto shape = with_groups(convolution, groups);
+    require_address("output", output, element_size(shape.dtype));
     require((output_scale == 0) == (output_shift == 0), "output_scale and output_shift go together");
     require(residual == 0 || output_scale != 0, "a residual is added before the activation; got no output_scale");
-    kernel({shape,
-            pending_activation(shape, input, scale, shift, negative_slope, activation_first),
-            convolution_weight(weight, weight_strides),
-            pointer<float>(bias),
-            pointer<void>(output),
-            {},
-            {pointer<void>(residual), pointer<float>(output_scale), pointer<float>(output_shift), output_negative_slope,
-             output_activation_first}},
-           threads);
+    convolution.forward({shape,
+                         pending_activation(shape, input, scale, shift, negative_slope, activation_first),
+                         convolution_weight(weight, weight_strides),
+                         pointer<float>(bias),
+                         pointer<void>(output),
+                         {},
+                         {pointer<void>(residual), pointer<float>(output_scale), pointer<float>(output_shift),
+                          output_negative_slope, output_activation_first}},
+                        threads);
 }
 
-template <OutputLength output_length, void (*kernel)(const ConvolutionForward&, int)>
-void convolution_forward_statistics_(Dtype dtype, bool integers, const Strides& input_shape, std::int64_t out_channels,
-                                     std::int64_t padding, std::int64_t groups, Address input, Address scale,
+void convolution_forward_statistics_(const Convolution& convolution, std::int64_t groups, Address input, Address scale,
                                      Address shift, float negative_slope, bool activation_first, Address weight,
                                      const Strides& weight_strides, Address bias, Address output, Address bn_weight,
                                      Address bn_bias, float eps, bool bn_activation_first, float bn_negative_slope,
                                      Address running_mean, Address running_var, float momentum, Address mean,
                                      Address var, Address bn_scale, Address bn_shift, int threads) {
-    const auto shape = convolution_shape<output_length>(dtype, integers, input_shape, out_channels, padding, groups);
-    require_address("output", output, element_size(dtype));
+    const auto shape = with_groups(convolution, groups);
+    require_address("output", output, element_size(shape.dtype));
     for (Address address : {mean, var, bn_scale, bn_shift}) require_address("statistics", address, 4);
     require((running_mean == 0) == (running_var == 0), "running_mean and running_var go together");
-    kernel({shape,
-            pending_activation(shape, input, scale, shift, negative_slope, activation_first),
-            convolution_weight(weight, weight_strides),
-            pointer<float>(bias),
-            pointer<void>(output),
-            {pointer<float>(bn_weight), pointer<float>(bn_bias), eps, bn_activation_first, bn_negative_slope,
-             pointer<float>(running_mean), pointer<float>(running_var), momentum, pointer<float>(mean),
-             pointer<float>(var), pointer<float>(bn_scale), pointer<float>(bn_shift)},
-            {}},
-           threads);
+    convolution.forward(
+        {shape,
+         pending_activation(shape, input, scale, shift, negative_slope, activation_first),
+         convolution_weight(weight, weight_strides),
+         pointer<float>(bias),
+         pointer<void>(output),
+         {pointer<float>(bn_weight), pointer<float>(bn_bias), eps, bn_activation_first, bn_negative_slope,
+          pointer<float>(running_mean), pointer<float>(running_var), momentum, pointer<float>(mean),
+          pointer<float>(var), pointer<float>(bn_scale), pointer<float>(bn_shift)},
+         {}},
+        threads);
 }
 
-template <OutputLength output_length, void (*kernel)(const ConvolutionBackwardInput&, int)>
-void convolution_backward_input_(Dtype dtype, bool integers, const Strides& input_shape, std::int64_t out_channels,
-                                 std::int64_t padding, std::int64_t groups, Address grad_output, Address weight,
-                                 const Strides& weight_strides, Address input, Address scale, Address shift,
-                                 float negative_slope, bool activation_first, Address mean, Address grad_input,
-                                 Address sum, Address sum_deviation, int threads) {
-    const auto shape = convolution_shape<output_length>(dtype, integers, input_shape, out_channels, padding, groups);
-    require_address("grad_output", grad_output, element_size(dtype));
-    require_address("grad_input", grad_input, element_size(dtype));
+void convolution_backward_input_(const Convolution& convolution, std::int64_t groups, Address grad_output,
+                                 Address weight, const Strides& weight_strides, Address input, Address scale,
+                                 Address shift, float negative_slope, bool activation_first, Address mean,
+                                 Address grad_input, Address sum, Address sum_deviation, int threads) {
+    const auto shape = with_groups(convolution, groups);
+    require_address("grad_output", grad_output, element_size(shape.dtype));
+    require_address("grad_input", grad_input, element_size(shape.dtype));
     require(scale == 0 || input != 0, "a pending input needs its stored values");
     require((scale == 0) == (shift == 0), "scale and shift go together");
-    kernel({shape,
-            pointer<void>(grad_output),
-            convolution_weight(weight, weight_strides),
-            {pointer<void>(input), pointer<float>(scale), pointer<float>(shift), negative_slope, activation_first},
-            pointer<float>(mean),
-            pointer<void>(grad_input),
-            pointer<float>(sum),
-            pointer<float>(sum_deviation)},
-           threads);
+    convolution.backward_input(
+        {shape,
+         pointer<void>(grad_output),
+         convolution_weight(weight, weight_strides),
+         {pointer<void>(input), pointer<float>(scale), pointer<float>(shift), negative_slope, activation_first},
+         pointer<float>(mean),
+         pointer<void>(grad_input),
+         pointer<float>(sum),
+         pointer<float>(sum_deviation)},
+        threads);
 }
 
-template <OutputLength output_length, void (*kernel)(const ConvolutionBackwardWeight&, int)>
-void convolution_backward_weight_(Dtype dtype, bool integers, const Strides& input_shape, std::int64_t out_channels,
-                                  std::int64_t padding, std::int64_t groups, Address input, Address scale,
+void convolution_backward_weight_(const Convolution& convolution, std::int64_t groups, Address input, Address scale,
                                   Address shift, float negative_slope, bool activation_first, Address grad_output,
                                   Address grad_weight, const Strides& weight_strides, int threads) {
-    const auto shape = convolution_shape<output_length>(dtype, integers, input_shape, out_channels, padding, groups);
-    require_address("grad_output", grad_output, element_size(dtype));
+    const auto shape = with_groups(convolution, groups);
+    require_address("grad_output", grad_output, element_size(shape.dtype));
     require_address("grad_weight", grad_weight, 4);
-    kernel({shape,
-            pending_activation(shape, input, scale, shift, negative_slope, activation_first),
-            pointer<void>(grad_output),
-            pointer<float>(grad_weight),
-            {nullptr, weight_strides[0], weight_strides[1], weight_strides[2], weight_strides[3]}},
-           threads);
+    convolution.backward_weight({shape,
+                                 pending_activation(shape, input, scale, shift, negative_slope, activation_first),
+                                 pointer<void>(grad_output),
+                                 pointer<float>(grad_weight),
+                                 {nullptr, weight_strides[0], weight_strides[1], weight_strides[2], weight_strides[3]}},
+                                threads);
+}
+
+// forward, backward_input and backward_weight, strides of the weight, norm, eps, negative_slope, activation_first and
+// max_pool.
+using LayerArguments = std::tuple<std::shared_ptr<Convolution>, std::shared_ptr<Convolution>,
+                                  std::shared_ptr<Convolution>, Strides, Norm, float, float, bool, bool>;
+
+Chain make_chain(const std::vector<LayerArguments>& arguments, std::int64_t groups) {
+    std::vector<ChainLayer> layers;
+    for (const auto& [forward, backward_input, backward_weight, strides, norm, eps, slope, first, pool] : arguments)
+        layers.push_back({forward, backward_input, backward_weight, strides, norm, eps, slope, first, pool});
+    return Chain(std::move(layers), groups);
+}
+
+using Addresses = std::vector<Address>;
+
+// So many of each layer: weight, bias, γ and β; running mean, running variance and count of batches; stored, pooled and
+// winners.
+constexpr std::size_t parameter_count = 4, moving_count = 3, kept_count = 3;
+
+const Address* of_layer(const char* name, const Addresses& addresses, std::size_t count, std::size_t layer,
+                        std::size_t layers) {
+    require(addresses.size() == count * layers, "each layer has ", count, " ", name, "; got ", addresses.size(),
+            " for ", layers, " layers");
+    return addresses.data() + count * layer;
+}
+
+// Without `moving` there are no running statistics, without `kept` nothing is kept.
+std::vector<LayerTensors> layer_tensors(const Chain& chain, const Addresses& parameters, const Addresses& moving,
+                                        const std::vector<float>& momenta, const Addresses& kept) {
+    const std::size_t count = chain.layers().size(), alignment = element_size(chain.first().dtype);
+    std::vector<LayerTensors> tensors;
+    tensors.reserve(count);
+    for (std::size_t i = 0; i < count; ++i) {
+        const ChainLayer& layer = chain.layers()[i];
+        LayerTensors own{};
+        const Address* of = of_layer("parameters", parameters, parameter_count, i, count);
+        require_address("weight", of[0], 4);
+        own.weight = pointer<float>(of[0]), own.bias = pointer<float>(of[1]);
+        own.bn_weight = pointer<float>(of[2]), own.bn_bias = pointer<float>(of[3]);
+        if (!moving.empty()) {
+            of = of_layer("moving statistics", moving, moving_count, i, count);
+            require((of[0] == 0) == (of[1] == 0), "running_mean and running_var go together");
+            require(layer.norm != Norm::fixed || of[0] != 0, "fixed statistics must be given");
+            own.running_mean = pointer<float>(of[0]), own.running_var = pointer<float>(of[1]);
+            own.batches = pointer<std::int64_t>(of[2]);
+            require(momenta.size() == count, "each layer has a momentum; got ", momenta.size(), " for ", count,
+                    " layers");
+            own.momentum = momenta[i];
+        }
+        if (!kept.empty()) {
+            of = of_layer("kept tensors", kept, kept_count, i, count);
+            const bool last = i + 1 == count;
+            if (!(last && layer.is_bare())) require_address("stored", of[0], alignment);
+            if (layer.max_pool && !last) require_address("pooled", of[1], alignment);
+            if (layer.max_pool) require_address("winners", of[2], 1);
+            own.stored = pointer<void>(of[0]), own.pooled = pointer<void>(of[1]);
+            own.winners = pointer<std::uint8_t>(of[2]);
+        }
+        tensors.push_back(own);
+    }
+    return tensors;
+}
+
+void chain_forward_(const Chain& chain, Address input, Address residual, const Addresses& parameters,
+                    const Addresses& moving, const std::vector<float>& momenta, const Addresses& kept,
+                    Address statistics, Address output, int threads) {
+    const std::size_t alignment = element_size(chain.first().dtype);
+    require_address("input", input, alignment);
+    require_address("output", output, alignment);
+    require(kept.empty() == (statistics == 0), "statistics are kept with the other tensors, or nothing is");
+    const auto tensors = layer_tensors(chain, parameters, moving, momenta, kept);
+    chain.forward({pointer<void>(input), pointer<void>(residual), pointer<float>(statistics), pointer<void>(output),
+                   tensors.data()},
+                  threads);
+}
+
+void chain_backward_(const Chain& chain, Address grad_output, Address input, Address output,
+                     const Addresses& parameters, const Addresses& kept, Address statistics, Address grad_input,
+                     Address grad_residual, const Addresses& gradients, int threads) {
+    const std::size_t alignment = element_size(chain.first().dtype), count = chain.layers().size();
+    require_address("grad_output", grad_output, alignment);
+    require_address("input", input, alignment);
+    require_address("statistics", statistics, 4);
+    require(!kept.empty(), "what forward kept is needed");
+    const auto tensors = layer_tensors(chain, parameters, {}, {}, kept);
+    std::vector<LayerGradients> wanted;
+    wanted.reserve(count);
+    for (std::size_t i = 0; i < count; ++i) {
+        const Address* const of = of_layer("gradients", gradients, parameter_count, i, count);
+        wanted.push_back({pointer<float>(of[0]), pointer<float>(of[1]), pointer<float>(of[2]), pointer<float>(of[3])});
+    }
+    chain.backward({pointer<void>(grad_output), pointer<void>(input), pointer<void>(output), pointer<float>(statistics),
+                    pointer<void>(grad_input), pointer<void>(grad_residual), tensors.data(), wanted.data()},
+                   threads);
 }
 
 void matrix_product_(std::int64_t rows, std::int64_t columns, std::int64_t depth, Address a,
@@ -346,6 +422,14 @@ void settle_pending_gradient_(Dtype dtype, std::int64_t rows, std::int64_t chann
          pointer<void>(stored), pointer<float>(weight), pointer<float>(mean), pointer<float>(var), pointer<float>(sum),
          pointer<float>(sum_deviation), pointer<float>(grad_weight), pointer<float>(grad_bias)},
         threads);
+}
+
+void channel_sums_(Dtype dtype, std::int64_t rows, std::int64_t channels, Address values, Address sums, int threads) {
+    require_cpu_dtype(dtype);
+    require_batch_norm_sizes(rows, channels, 1);
+    require_address("values", values, element_size(dtype));
+    require_address("sums", sums, 4);
+    channel_sums({dtype, rows, channels, pointer<void>(values), pointer<float>(sums)}, threads);
 }
 
 void require_max_pool_sizes(const Strides& input_shape, std::int64_t groups) {
@@ -689,23 +773,40 @@ PYBIND11_MODULE(_native, module, py::mod_gil_not_used()) {
                               {"hinge", GanLoss::hinge},
                               {"wgan", GanLoss::wgan},
                               {"relativistic", GanLoss::relativistic}});
+    add_enumeration<ConvolutionKind>(module, "ConvolutionKind",
+                                     {{"conv1x1", ConvolutionKind::conv1x1},
+                                      {"conv1x1_stride2", ConvolutionKind::conv1x1_stride2},
+                                      {"conv3x3", ConvolutionKind::conv3x3},
+                                      {"conv4x4", ConvolutionKind::conv4x4},
+                                      {"conv_transpose4x4", ConvolutionKind::conv_transpose4x4},
+                                      {"conv3x3_even", ConvolutionKind::conv3x3_even},
+                                      {"conv3x3_odd", ConvolutionKind::conv3x3_odd},
+                                      {"conv3x3_avg_pool2", ConvolutionKind::conv3x3_avg_pool2},
+                                      {"upsample2_conv3x3", ConvolutionKind::upsample2_conv3x3}});
+    add_enumeration<Norm>(module, "Norm", {{"none", Norm::none}, {"fixed", Norm::fixed}, {"batch", Norm::batch}});
     const auto without_gil = py::call_guard<py::gil_scoped_release>();
     module.def("batch_norm_coefficients", batch_norm_coefficients_, without_gil);
     module.def("batch_norm_leaky_relu_forward", batch_norm_leaky_relu_forward_, without_gil);
     module.def("batch_norm_leaky_relu_backward", batch_norm_leaky_relu_backward_, without_gil);
     module.def("batch_norm_add_leaky_relu_forward", batch_norm_add_leaky_relu_forward_, without_gil);
     module.def("batch_norm_add_leaky_relu_backward", batch_norm_add_leaky_relu_backward_, without_gil);
-#define DEFINE_CONVOLUTION(name, kernel, length)                                                                     \
-    module.def(#name "_forward", convolution_forward_<length, kernel##_forward>, without_gil);                       \
-    module.def(#name "_forward_statistics", convolution_forward_statistics_<length, kernel##_forward>, without_gil); \
-    module.def(#name "_backward_input", convolution_backward_input_<length, kernel##_backward_input>, without_gil);  \
-    module.def(#name "_backward_weight", convolution_backward_weight_<length, kernel##_backward_weight>, without_gil);
-    DEFINE_CONVOLUTION(conv1x1, conv1x1, length_1x1)
-    DEFINE_CONVOLUTION(conv1x1_stride2, conv1x1, length_1x1_stride2)
-    DEFINE_CONVOLUTION(winograd, winograd, length_3x3)
-    DEFINE_CONVOLUTION(winograd_stride2, winograd_stride2, length_4x4_stride2)
-    DEFINE_CONVOLUTION(winograd_stride2_transposed, winograd_stride2_transposed, length_4x4_stride2_transposed)
-#undef DEFINE_CONVOLUTION
+    py::class_<Convolution, std::shared_ptr<Convolution>>(module, "Convolution", "a convolution of inputs of one shape")
+        .def(py::init(&make_convolution))
+        .def_property_readonly("output_shape",
+                               [](const Convolution& c) {
+                                   const ConvolutionShape& s = c.shape;
+                                   return py::make_tuple(s.batch, s.out_channels, s.out_height, s.out_width);
+                               })
+        .def("forward", convolution_forward_, without_gil)
+        .def("forward_statistics", convolution_forward_statistics_, without_gil)
+        .def("backward_input", convolution_backward_input_, without_gil)
+        .def("backward_weight", convolution_backward_weight_, without_gil);
+    py::class_<Chain>(module, "Chain", "layers in one call, of inputs of one shape")
+        .def(py::init(&make_chain))
+        .def_property_readonly("statistics_floats", &Chain::statistics_floats)
+        .def("forward", chain_forward_, without_gil)
+        .def("backward", chain_backward_, without_gil);
+    module.def("channel_sums", channel_sums_, without_gil);
     module.def("max_pool_forward", max_pool_forward_, without_gil);
     module.def("max_pool_backward", max_pool_backward_, without_gil);
     module.def("matrix_product", matrix_product_, without_gil);

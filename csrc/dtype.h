@@ -5,4 +5,8 @@ namespace ganvas {
 
 enum class Dtype { float32, bfloat16, float16 };  // float16: on GPUs only
 
+constexpr int element_bytes(Dtype dtype) {
+    return dtype == Dtype::float32 ? 4 : 2;
+}
+
 }  // namespace ganvas

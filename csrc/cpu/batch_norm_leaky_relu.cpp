@@ -11,7 +11,7 @@ namespace ganvas::cpu {
 namespace {
 
 std::int64_t array_bytes(const BatchNormShape& shape) {
-    return shape.rows * shape.channels * (shape.dtype == Dtype::float32 ? 4 : 2);
+    return shape.rows * shape.channels * element_bytes(shape.dtype);
 }
 
 constexpr std::int64_t full_width = 64;  // lanes: below this a row is too short for the vector loops

@@ -1,13 +1,80 @@
-// The part that is compiled once: the choice of instruction set.
+// The part that is compiled once: what each kind of convolution is computed by, and the choice of instruction set.
 #include "convolutions.h"
 
+#include <sstream>
+#include <stdexcept>
+
 #include "parallel.h"
+#include "workspace.h"
 
 namespace ganvas::cpu {
 namespace {
 
-std::int64_t element_bytes(Dtype dtype) {
-    return dtype == Dtype::float32 ? 4 : 2;
+constexpr float even_rows[4][3] = {{1, 0, 0}, {0, 1, 0}, {0, 0, 1}, {0, 0, 0}};
+constexpr float odd_rows[4][3] = {{0, 0, 0}, {1, 0, 0}, {0, 1, 0}, {0, 0, 1}};  // of a kernel that begins a pixel early
+constexpr float pooled_rows[4][3] = {{0.5, 0, 0}, {0.5, 0.5, 0}, {0, 0.5, 0.5}, {0, 0, 0.5}};
+constexpr float upsampled_rows[4][3] = {{0, 0, 1}, {0, 1, 1}, {1, 1, 0}, {1, 0, 0}};
+
+enum class Family { conv1x1, winograd, winograd_stride2, winograd_stride2_transposed };
+
+struct Form {
+    Family family;
+    const float (*rows)[3] = nullptr;  // M; null: the kernel is the weight itself
+    std::int64_t begins_early = 0;     // by so many pixels, which are padding
+};
+
+Form form_of(ConvolutionKind kind) {
+    switch (kind) {
+        case ConvolutionKind::conv3x3:
+            return {Family::winograd};
+        case ConvolutionKind::conv4x4:
+            return {Family::winograd_stride2};
+        case ConvolutionKind::conv_transpose4x4:
+            return {Family::winograd_stride2_transposed};
+        case ConvolutionKind::conv3x3_even:
+            return {Family::winograd_stride2, even_rows};
+        case ConvolutionKind::conv3x3_odd:
+            return {Family::winograd_stride2, odd_rows, 1};
+        case ConvolutionKind::conv3x3_avg_pool2:
+            return {Family::winograd_stride2, pooled_rows};
+        case ConvolutionKind::upsample2_conv3x3:
+            return {Family::winograd_stride2_transposed, upsampled_rows};
+        default:
+            return {Family::conv1x1};
+    }
+}
+
+template <class... Parts>
+void require(bool holds, const Parts&... message) {
+    if (holds) return;
+    std::ostringstream text;
+    (text << ... << message);
+    throw std::invalid_argument(text.str());
+}
+
+std::int64_t output_length(ConvolutionKind kind, std::int64_t length, std::int64_t padding) {
+    switch (form_of(kind).family) {
+        case Family::winograd:
+            return length + 2 * padding - 2;
+        case Family::winograd_stride2:
+            return length + 2 * padding < 4 ? 0 : (length + 2 * padding - 4) / 2 + 1;
+        case Family::winograd_stride2_transposed:
+            return 2 * (length - 1) - 2 * padding + 4;
+        default:
+            return kind == ConvolutionKind::conv1x1 ? length : (length + 1) / 2;
+    }
+}
+
+void require_padding(ConvolutionKind kind, const ConvolutionShape& s) {
+    const Form form = form_of(kind);
+    if (form.family == Family::conv1x1)
+        return require(s.padding == 0, "a 1×1 kernel's padding must be 0; got ", s.padding);
+    require(s.padding >= 0 && s.padding <= 2, "padding must be 0, 1 or 2; got ", s.padding);
+    require(!form.rows || s.padding == 1, "padding must be 1 here; got ", s.padding);
+    const bool parity = kind == ConvolutionKind::conv3x3_odd;
+    if (parity || kind == ConvolutionKind::conv3x3_even)
+        require(s.height % 2 == parity && s.width % 2 == parity, "sides must be ", parity ? "odd" : "even", "; got ",
+                s.height, "×", s.width);
 }
 
 std::int64_t input_bytes(const ConvolutionShape& s) {
@@ -23,27 +90,110 @@ int team(const ConvolutionShape& s, int threads) {
     return team_size((input_bytes(s) + output_bytes(s)) * 8, threads);
 }
 
+#define DISPATCH_FAMILY(pass)                                   \
+    switch (family) {                                           \
+        case Family::conv1x1:                                   \
+            GANVAS_DISPATCH(conv1x1_##pass)                     \
+        case Family::winograd:                                  \
+            GANVAS_DISPATCH(winograd_##pass)                    \
+        case Family::winograd_stride2:                          \
+            GANVAS_DISPATCH(winograd_stride2_##pass)            \
+        default:                                                \
+            GANVAS_DISPATCH(winograd_stride2_transposed_##pass) \
+    }
+
+void run(Family family, const ConvolutionForward& args, int threads) {
+    DISPATCH_FAMILY(forward(args, threads))
+}
+
+void run(Family family, const ConvolutionBackwardInput& args, int threads) {
+    DISPATCH_FAMILY(backward_input(args, threads))
+}
+
+void run(Family family, const ConvolutionBackwardWeight& args, int threads) {
+    DISPATCH_FAMILY(backward_weight(args, threads))
+}
+#undef DISPATCH_FAMILY
+
+void fold_weight(const FoldedWeight& args, int threads) {
+    GANVAS_DISPATCH(fold_weight(args, threads))
+}
+
+void unfold_gradient(const FoldedWeight& args, float* gradient, int threads) {
+    GANVAS_DISPATCH(unfold_gradient(args, gradient, threads))
+}
+
+// The kernel that M makes of a weight, in memory that lasts as long as this object.
+class Folded {
+  public:
+    Folded(const ConvolutionShape& s, const float (*rows)[3], const ConvolutionWeight& weight)
+        : workspace_(bytes(s)),
+          args_{rows, s.in_channels, s.out_channels, weight, static_cast<float*>(workspace_.take(bytes(s)))} {}
+    // Threads for so many channels: folding is some 100 operations for each pair of them.
+    int team(int threads) const { return team_size(args_.in_channels * args_.out_channels * 64, threads); }
+    ConvolutionWeight kernel() const {
+        const std::int64_t tap = args_.in_channels * args_.out_channels;
+        return {args_.kernel, 1, args_.out_channels, 4 * tap, tap};
+    }
+    const FoldedWeight& args() const { return args_; }
+
+  private:
+    static std::size_t bytes(const ConvolutionShape& s) {
+        return static_cast<std::size_t>(16 * s.in_channels * s.out_channels) * sizeof(float);
+    }
+    Workspace workspace_;
+    FoldedWeight args_;
+};
+
+// Calls run(args) with the kernel in place of the weight, and the padding that goes with it.
+template <class Args>
+void run_folded(ConvolutionKind kind, Args args, int threads) {
+    const Form form = form_of(kind);
+    args.shape.padding += form.begins_early;
+    if (!form.rows) return run(form.family, args, threads);
+    const Folded folded(args.shape, form.rows, args.weight);
+    fold_weight(folded.args(), folded.team(threads));
+    args.weight = folded.kernel();
+    run(form.family, args, threads);
+}
+
 }  // namespace
 
-#define DEFINE_KIND(name)                                                             \
-    void name##_forward(const ConvolutionForward& args, int threads) {                \
-        expect_first_touch(args.output, output_bytes(args.shape));                    \
-        threads = team(args.shape, threads);                                          \
-        GANVAS_DISPATCH(name##_forward(args, threads))                                \
-    }                                                                                 \
-    void name##_backward_input(const ConvolutionBackwardInput& args, int threads) {   \
-        expect_first_touch(args.grad_input, input_bytes(args.shape));                 \
-        threads = team(args.shape, threads);                                          \
-        GANVAS_DISPATCH(name##_backward_input(args, threads))                         \
-    }                                                                                 \
-    void name##_backward_weight(const ConvolutionBackwardWeight& args, int threads) { \
-        threads = team(args.shape, threads);                                          \
-        GANVAS_DISPATCH(name##_backward_weight(args, threads))                        \
-    }
-DEFINE_KIND(conv1x1)
-DEFINE_KIND(winograd)
-DEFINE_KIND(winograd_stride2)
-DEFINE_KIND(winograd_stride2_transposed)
-#undef DEFINE_KIND
+Convolution::Convolution(ConvolutionKind kind, const ConvolutionShape& s) : kind(kind), shape(s) {
+    require(s.batch >= 1 && s.in_channels >= 1 && s.out_channels >= 1,
+            "batch and channels must be at least 1; got batch ", s.batch, ", channels ", s.in_channels, " and ",
+            s.out_channels);
+    require(s.height >= 1 && s.width >= 1, "the map must have pixels; got ", s.height, "×", s.width);
+    require_padding(kind, s);
+    const std::int64_t padding = s.padding + form_of(kind).begins_early;
+    shape.out_height = output_length(kind, s.height, padding);
+    shape.out_width = output_length(kind, s.width, padding);
+    require(shape.out_height >= 1 && shape.out_width >= 1, "the output would be empty; got a map of ", s.height, "×",
+            s.width, " and padding ", s.padding);
+    shape.groups = 1;
+}
+
+void Convolution::forward(ConvolutionForward args, int threads) const {
+    expect_first_touch(args.output, output_bytes(shape));
+    run_folded(kind, args, team(shape, threads));
+}
+
+void Convolution::backward_input(ConvolutionBackwardInput args, int threads) const {
+    expect_first_touch(args.grad_input, input_bytes(shape));
+    run_folded(kind, args, team(shape, threads));
+}
+
+void Convolution::backward_weight(ConvolutionBackwardWeight args, int threads) const {
+    const Form form = form_of(kind);
+    threads = team(shape, threads);
+    args.shape.padding += form.begins_early;
+    if (!form.rows) return run(form.family, args, threads);
+    const Folded folded(shape, form.rows, args.layout);
+    float* const gradient = args.grad_weight;
+    args.grad_weight = folded.args().kernel;
+    args.layout = folded.kernel();
+    run(form.family, args, threads);
+    unfold_gradient(folded.args(), gradient, folded.team(threads));
+}
 
 }  // namespace ganvas::cpu

@@ -1,15 +1,13 @@
-// The families of convolutions. All but the first are computed by Winograd's F(4×4, 3×3) and F(4×4, 2×2), which need
-// 2.25 and 1.56 multiplications per output and channel pair rather than 9 and 4 (Lavin & Gray 2016, "Fast algorithms
-// for convolutional neural networks").
+// The native convolutions. All but those of 1×1 kernels are computed by Winograd's F(4×4, 3×3) and F(4×4, 2×2), which
+// need 2.25 and 1.56 multiplications per output and channel pair rather than 9 and 4 (Lavin & Gray 2016, "Fast
+// algorithms for convolutional neural networks").
 //
-//   conv1x1_                      1×1 kernels of stride 1 or, where the output is the smaller map, 2
-//   winograd_                     3×3 kernels of stride 1
-//   winograd_stride2_             4×4 kernels of stride 2, as four 2×2 kernels
-//   winograd_stride2_transposed_  their transposes, without output padding
+// A 3×3 convolution of stride 2, or before average pooling, or after nearest-neighbour upsampling, is a 4×4 convolution
+// of stride 2 (or its transpose) with the kernel M w Mᵀ, M a 4×3 matrix. The gradient of w is Mᵀ d M, d that of the
+// kernel.
 //
-// Padding is 0, 1 or 2, of 1×1 kernels 0. Where they may and the processor has AVX512-VNNI, Winograd's products are of
-// 16-bit integers (winograd_factors.h), whose error is less than that of rounding to bfloat16; those of 1×1 kernels are
-// of bfloat16 numbers with AVX512-BF16.
+// Where they may and the processor has AVX512-VNNI, Winograd's products are of 16-bit integers (winograd_factors.h),
+// whose error is less than that of rounding to bfloat16; those of 1×1 kernels are of bfloat16 numbers with AVX512-BF16.
 #pragma once
 
 #include "convolution.h"
@@ -17,23 +15,58 @@
 
 namespace ganvas::cpu {
 
-#define DECLARE_KIND(name)                                                         \
-    void name##_forward(const ConvolutionForward& args, int threads);              \
-    void name##_backward_input(const ConvolutionBackwardInput& args, int threads); \
-    void name##_backward_weight(const ConvolutionBackwardWeight& args, int threads);
-#define DECLARE_KINDS              \
-    DECLARE_KIND(conv1x1)          \
-    DECLARE_KIND(winograd)         \
-    DECLARE_KIND(winograd_stride2) \
-    DECLARE_KIND(winograd_stride2_transposed)
-#define DECLARE(isa) \
-    namespace isa {  \
-    DECLARE_KINDS    \
+// By torch's names. Numbers are those of the enumeration in Python.
+enum class ConvolutionKind {
+    conv1x1,
+    conv1x1_stride2,
+    conv3x3,            // stride 1, padding 0, 1 or 2
+    conv4x4,            // stride 2, padding 0, 1 or 2
+    conv_transpose4x4,  // likewise, without output padding
+    // Padding 1:
+    conv3x3_even,       // stride 2, of maps with even sides
+    conv3x3_odd,        // stride 2, of maps with odd sides
+    conv3x3_avg_pool2,  // stride 1, then the mean of each 2×2
+    upsample2_conv3x3,  // stride 1, of a map each of whose pixels is repeated 2×2
+    count
+};
+
+// A convolution of inputs of one shape. The groups of its shape are 1.
+struct Convolution {
+    ConvolutionKind kind;
+    ConvolutionShape shape;
+
+    // `shape` with all but the output's sides. Throws std::invalid_argument where there is no such convolution.
+    Convolution(ConvolutionKind kind, const ConvolutionShape& shape);
+
+    // Shapes in the arguments are this one's, with groups; weights are those of the convolution as torch has it.
+    void forward(ConvolutionForward args, int threads) const;
+    void backward_input(ConvolutionBackwardInput args, int threads) const;
+    void backward_weight(ConvolutionBackwardWeight args, int threads) const;
+};
+
+// M w Mᵀ of every pair of channels, or back.
+struct FoldedWeight {
+    const float (*rows)[3];                  // M: [4][3]
+    std::int64_t in_channels, out_channels;  // Ci, Co
+    ConvolutionWeight weight;                // w, or where its gradient goes
+    float* kernel;                           // [4][4][Ci][Co]
+};
+
+#define DECLARE_KERNELS(name)                                                 \
+    void name##_forward(const ConvolutionForward&, int threads);              \
+    void name##_backward_input(const ConvolutionBackwardInput&, int threads); \
+    void name##_backward_weight(const ConvolutionBackwardWeight&, int threads);
+#define DECLARE(isa)                                                         \
+    namespace isa {                                                          \
+    DECLARE_KERNELS(conv1x1)                                                 \
+    DECLARE_KERNELS(winograd)                                                \
+    DECLARE_KERNELS(winograd_stride2)                                        \
+    DECLARE_KERNELS(winograd_stride2_transposed)                             \
+    void fold_weight(const FoldedWeight&, int threads);                      \
+    void unfold_gradient(const FoldedWeight&, float* gradient, int threads); \
     }
-DECLARE_KINDS
 GANVAS_FOR_EACH_ISA(DECLARE)
 #undef DECLARE
-#undef DECLARE_KINDS
-#undef DECLARE_KIND
+#undef DECLARE_KERNELS
 
 }  // namespace ganvas::cpu

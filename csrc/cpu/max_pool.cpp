@@ -10,7 +10,7 @@ namespace ganvas::cpu {
 namespace {
 
 std::int64_t input_bytes(const MaxPoolShape& s) {
-    return s.batch * s.height * s.width * s.channels * (s.dtype == Dtype::float32 ? 4 : 2);
+    return s.batch * s.height * s.width * s.channels * element_bytes(s.dtype);
 }
 
 }  // namespace

@@ -7,7 +7,7 @@
 namespace ganvas::cpu {
 
 void settle_pending_gradient(const PendingGradient& args, int threads) {
-    const std::int64_t bytes = args.rows * args.channels * (args.dtype == Dtype::float32 ? 4 : 2);
+    const std::int64_t bytes = args.rows * args.channels * element_bytes(args.dtype);
     const std::size_t floats =
         static_cast<std::size_t>(args.groups * gradient_coefficients * args.channels) * sizeof(float);
     Workspace workspace(Workspace::padded(floats));

@@ -54,7 +54,78 @@ Source grad_output_of(const ConvolutionBackwardWeight& args) {
     return {written(args.grad_output), s.out_height, s.out_width, s.out_channels, s.batch / s.groups};
 }
 
+// t = M w along one axis, or Mᵀ d.
+template <int from, int to, class Coefficient>
+[[gnu::always_inline]] inline void combine(const Vector (&values)[from], Vector (&sums)[to], Coefficient coefficient) {
+    for (int i = 0; i < to; ++i) {
+        sums[i] = Vector{};
+        for (int j = 0; j < from; ++j) sums[i] += coefficient(i, j) * values[j];
+    }
+}
+
+// Both axes of a square of vectors.
+template <int from, int to, class Coefficient>
+[[gnu::always_inline]] inline void combine_both(const Vector (&values)[from][from], Vector (&sums)[to][to],
+                                                Coefficient coefficient) {
+    Vector half[to][from];
+    for (int x = 0; x < from; ++x) {
+        Vector column[from], combined[to];
+        for (int y = 0; y < from; ++y) column[y] = values[y][x];
+        combine(column, combined, coefficient);
+        for (int y = 0; y < to; ++y) half[y][x] = combined[y];
+    }
+    for (int y = 0; y < to; ++y) combine(half[y], sums[y], coefficient);
+}
+
+// Calls take(k, n, channels, columns) for blocks of at most `lanes` of the input's channels and of the output's.
+template <class Take>
+void for_each_channel_block(const FoldedWeight& args, int threads, Take take) {
+    const Index blocks = ceiling(args.in_channels, lanes), columns = ceiling(args.out_channels, lanes);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (Index block = 0; block < blocks * columns; ++block) {
+        const Index k = block / columns * lanes, n = block % columns * lanes;
+        take(k, n, smaller(lanes, args.in_channels - k), smaller(lanes, args.out_channels - n));
+    }
+}
+
+Taps taps3x3(const FoldedWeight& args) {
+    const ConvolutionWeight& w = args.weight;
+    return {args.in_channels, args.out_channels, w.in, w.out, w.row, w.column};
+}
+
 }  // namespace
+
+void fold_weight(const FoldedWeight& args, int threads) {
+    const Taps w = taps3x3(args);
+    for_each_channel_block(args, threads, [&](Index k, Index n, Index channels, Index columns) {
+        TapBlock block[9];
+        load_taps<3>(w, args.weight.values + k * w.k + n * w.n, channels, columns, block);
+        for (Index i = 0; i < channels; ++i) {
+            Vector from[3][3], to[4][4];
+            for (int tap = 0; tap < 9; ++tap) from[tap / 3][tap % 3] = block[tap][i];
+            combine_both(from, to, [&](int row, int column) { return args.rows[row][column]; });
+            for (Index tap = 0; tap < 16; ++tap)
+                store_lanes(args.kernel + (tap * args.in_channels + k + i) * args.out_channels + n,
+                            to[tap / 4][tap % 4], columns);
+        }
+    });
+}
+
+void unfold_gradient(const FoldedWeight& args, float* gradient, int threads) {
+    const Taps w = taps3x3(args);
+    for_each_channel_block(args, threads, [&](Index k, Index n, Index channels, Index columns) {
+        TapBlock block[9];
+        for (Index i = 0; i < channels; ++i) {
+            Vector from[4][4], to[3][3];
+            for (Index tap = 0; tap < 16; ++tap)
+                from[tap / 4][tap % 4] =
+                    load_lanes(args.kernel + (tap * args.in_channels + k + i) * args.out_channels + n, columns);
+            combine_both(from, to, [&](int row, int column) { return args.rows[column][row]; });
+            for (int tap = 0; tap < 9; ++tap) block[tap][i] = to[tap / 3][tap % 3];
+        }
+        store_taps<3>(w, gradient + k * w.k + n * w.n, channels, columns, block);
+    });
+}
 
 void winograd_stride2_forward(const ConvolutionForward& args, int threads) {
     const ConvolutionShape& s = args.shape;

@@ -18,10 +18,6 @@ constexpr int apply_unroll = 4;
 constexpr int backward_unroll = 4;
 constexpr int few_unroll = 3;  // where registers allow no more: three arrays are read, or the activation comes first
 
-inline int element_bytes(Dtype dtype) {
-    return dtype == Dtype::float32 ? 4 : 2;
-}
-
 // The arrays' rows, the groups' beginnings and ends included in what bounds an access.
 inline Tiling tiling_of(const BatchNormShape& shape, std::initializer_list<const void*> arrays) {
     const Index rows = shape.rows / shape.groups;

@@ -122,121 +122,162 @@ def batch_norm_add_leaky_relu_backward(
     threads: int,
     /,
 ) -> None: ...
-def winograd_forward(
-    dtype: Dtype,
-    integers: bool,
-    input_shape: Sequence[int],
-    out_channels: int,
-    padding: int,
-    groups: int,
-    input: int,
-    scale: int,
-    shift: int,
-    negative_slope: float,
-    activation_first: bool,
-    weight: int,
-    weight_strides: Sequence[int],
-    bias: int,
-    output: int,
-    output_scale: int,
-    output_shift: int,
-    output_negative_slope: float,
-    output_activation_first: bool,
-    residual: int,
-    threads: int,
-    /,
-) -> None: ...
-def winograd_forward_statistics(
-    dtype: Dtype,
-    integers: bool,
-    input_shape: Sequence[int],
-    out_channels: int,
-    padding: int,
-    groups: int,
-    input: int,
-    scale: int,
-    shift: int,
-    negative_slope: float,
-    activation_first: bool,
-    weight: int,
-    weight_strides: Sequence[int],
-    bias: int,
-    output: int,
-    bn_weight: int,
-    bn_bias: int,
-    eps: float,
-    bn_activation_first: bool,
-    bn_negative_slope: float,
-    running_mean: int,
-    running_var: int,
-    momentum: float,
-    mean: int,
-    var: int,
-    bn_scale: int,
-    bn_shift: int,
-    threads: int,
-    /,
-) -> None: ...
-def winograd_backward_input(
-    dtype: Dtype,
-    integers: bool,
-    input_shape: Sequence[int],
-    out_channels: int,
-    padding: int,
-    groups: int,
-    grad_output: int,
-    weight: int,
-    weight_strides: Sequence[int],
-    input: int,
-    scale: int,
-    shift: int,
-    negative_slope: float,
-    activation_first: bool,
-    mean: int,
-    grad_input: int,
-    sum: int,
-    sum_deviation: int,
-    threads: int,
-    /,
-) -> None: ...
-def winograd_backward_weight(
-    dtype: Dtype,
-    integers: bool,
-    input_shape: Sequence[int],
-    out_channels: int,
-    padding: int,
-    groups: int,
-    input: int,
-    scale: int,
-    shift: int,
-    negative_slope: float,
-    activation_first: bool,
-    grad_output: int,
-    grad_weight: int,
-    weight_strides: Sequence[int],
-    threads: int,
-    /,
-) -> None: ...
 
-# 4×4 kernels of stride 2 and their transposes take the same arguments. Strides of a weight are those of the output's
-# channels, the input's, rows and columns, whatever their order in the tensor.
-conv1x1_forward = winograd_forward
-conv1x1_forward_statistics = winograd_forward_statistics
-conv1x1_backward_input = winograd_backward_input
-conv1x1_backward_weight = winograd_backward_weight
-conv1x1_stride2_forward = winograd_forward
-conv1x1_stride2_forward_statistics = winograd_forward_statistics
-conv1x1_stride2_backward_input = winograd_backward_input
-conv1x1_stride2_backward_weight = winograd_backward_weight
-winograd_stride2_forward = winograd_forward
-winograd_stride2_forward_statistics = winograd_forward_statistics
-winograd_stride2_backward_input = winograd_backward_input
-winograd_stride2_backward_weight = winograd_backward_weight
-winograd_stride2_transposed_forward = winograd_forward
-winograd_stride2_transposed_forward_statistics = winograd_forward_statistics
-winograd_stride2_transposed_backward_input = winograd_backward_input
-winograd_stride2_transposed_backward_weight = winograd_backward_weight
+class ConvolutionKind(IntEnum):
+    conv1x1 = ...
+    conv1x1_stride2 = ...
+    conv3x3 = ...
+    conv4x4 = ...
+    conv_transpose4x4 = ...
+    conv3x3_even = ...
+    conv3x3_odd = ...
+    conv3x3_avg_pool2 = ...
+    upsample2_conv3x3 = ...
 
+class Norm(IntEnum):
+    none = ...
+    fixed = ...
+    batch = ...
+
+class Convolution:
+    """Of inputs (batch, channels, height, width) of one shape."""
+
+    def __init__(
+        self,
+        kind: ConvolutionKind,
+        dtype: Dtype,
+        integers: bool,
+        input_shape: Sequence[int],
+        out_channels: int,
+        padding: int,
+        /,
+    ) -> None: ...
+    @property
+    def output_shape(self) -> tuple[int, int, int, int]: ...
+    def forward(
+        self,
+        groups: int,
+        input: int,
+        scale: int,
+        shift: int,
+        negative_slope: float,
+        activation_first: bool,
+        weight: int,
+        weight_strides: Sequence[int],
+        bias: int,
+        output: int,
+        output_scale: int,
+        output_shift: int,
+        output_negative_slope: float,
+        output_activation_first: bool,
+        residual: int,
+        threads: int,
+        /,
+    ) -> None: ...
+    def forward_statistics(
+        self,
+        groups: int,
+        input: int,
+        scale: int,
+        shift: int,
+        negative_slope: float,
+        activation_first: bool,
+        weight: int,
+        weight_strides: Sequence[int],
+        bias: int,
+        output: int,
+        bn_weight: int,
+        bn_bias: int,
+        eps: float,
+        bn_activation_first: bool,
+        bn_negative_slope: float,
+        running_mean: int,
+        running_var: int,
+        momentum: float,
+        mean: int,
+        var: int,
+        bn_scale: int,
+        bn_shift: int,
+        threads: int,
+        /,
+    ) -> None: ...
+    def backward_input(
+        self,
+        groups: int,
+        grad_output: int,
+        weight: int,
+        weight_strides: Sequence[int],
+        input: int,
+        scale: int,
+        shift: int,
+        negative_slope: float,
+        activation_first: bool,
+        mean: int,
+        grad_input: int,
+        sum: int,
+        sum_deviation: int,
+        threads: int,
+        /,
+    ) -> None: ...
+    def backward_weight(
+        self,
+        groups: int,
+        input: int,
+        scale: int,
+        shift: int,
+        negative_slope: float,
+        activation_first: bool,
+        grad_output: int,
+        grad_weight: int,
+        weight_strides: Sequence[int],
+        threads: int,
+        /,
+    ) -> None: ...
+
+class Chain:
+    """Layers in one call. Of each: its convolution forward and those of the gradients of input and weight, strides of
+    the weight, norm, eps, negative_slope, activation_first and max_pool.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[
+            tuple[Convolution, Convolution | None, Convolution | None, Sequence[int], Norm, float, float, bool, bool]
+        ],
+        groups: int,
+        /,
+    ) -> None: ...
+    @property
+    def statistics_floats(self) -> int: ...
+    def forward(
+        self,
+        input: int,
+        residual: int,
+        parameters: list[int],
+        moving: list[int],
+        momenta: list[float],
+        kept: list[int],
+        statistics: int,
+        output: int,
+        threads: int,
+        /,
+    ) -> None: ...
+    def backward(
+        self,
+        grad_output: int,
+        input: int,
+        output: int,
+        parameters: list[int],
+        kept: list[int],
+        statistics: int,
+        grad_input: int,
+        grad_residual: int,
+        gradients: list[int],
+        threads: int,
+        /,
+    ) -> None: ...
+
+def channel_sums(dtype: Dtype, rows: int, channels: int, values: int, sums: int, threads: int, /) -> None: ...
 def max_pool_forward(
     dtype: Dtype,
     input_shape: Sequence[int],

@@ -17,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("ganvas._native")
 
-from ganvas.nn import FusedSequential, line, statistics_groups
+from ganvas.nn import FusedSequential, statistics_groups
+from ganvas.ops.chain import Chain
 
 
 @pytest.fixture(autouse=True)
@@ -34,12 +35,12 @@ def chains(monkeypatch) -> list[int]:
     """The lengths of the chains that were executed."""
     lengths: list[int] = []
 
-    def record(input, layers, *options):
-        lengths.append(len(layers))
-        return execute(input, layers, *options)
+    def record(chain, *arguments):
+        lengths.append(len(chain.layers))
+        return run(chain, *arguments)
 
-    execute = line.conv_bn_leaky_relu_chain
-    monkeypatch.setattr(line, "conv_bn_leaky_relu_chain", record)
+    run = Chain.run
+    monkeypatch.setattr(Chain, "run", record)
     return lengths
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
+from ganvas.nn.line import Line
 from ganvas.nn.plan import find_runs, plan
 
 
@@ -103,11 +104,11 @@ def test_a_subclassed_convolution_is_called_and_the_rest_fused():
 def test_a_plan_holds_every_child_once_in_order():
     children = nn.Sequential(nn.Flatten(), LINEAR, nn.BatchNorm1d(2), ACT, nn.Dropout(), LINEAR)._modules
     steps = plan(children)
-    runs_of = lambda step: [module for run in step for module in run.modules]  # noqa: E731
-    flat = [module for step in steps for module in (runs_of(step) if isinstance(step, tuple) else (step,))]
+    runs_of = lambda step: [module for run in step.runs for module in run.modules]  # noqa: E731
+    flat = [module for step in steps for module in (runs_of(step) if isinstance(step, Line) else (step,))]
     assert flat == list(children.values())
 
 
 def test_neighbouring_runs_are_one_step():
     children = nn.Sequential(CONV, NORM, ACT, CONV, NORM, ACT, nn.Dropout(), CONV, NORM)._modules
-    assert [len(step) if isinstance(step, tuple) else 0 for step in plan(children)] == [2, 0, 1]
+    assert [len(step.runs) if isinstance(step, Line) else 0 for step in plan(children)] == [2, 0, 1]

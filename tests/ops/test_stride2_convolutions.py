@@ -18,21 +18,21 @@ from torch import Tensor
 pytest.importorskip("ganvas._native")
 
 from ganvas import _native as native
+from ganvas._native import ConvolutionKind
 from ganvas.ops.backends.cpu import stride2
 from ganvas.ops.backends.cpu.kernels import NativeConvolution
-from ganvas.ops.backends.cpu.stride2 import Convolution
 from ganvas.ops.pending import Pending
 
 # What each of them is, in torch's words.
-TORCH: dict[Convolution, Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {
-    Convolution.conv4x4: lambda x, w, b: F.conv2d(x, w, b, stride=2, padding=1),
-    Convolution.conv_transpose4x4: lambda x, w, b: F.conv_transpose2d(x, w, b, stride=2, padding=1),
-    Convolution.conv3x3_even: lambda x, w, b: F.conv2d(x, w, b, stride=2, padding=1),
-    Convolution.conv3x3_odd: lambda x, w, b: F.conv2d(x, w, b, stride=2, padding=1),
-    Convolution.conv3x3_avg_pool2: lambda x, w, b: F.avg_pool2d(F.conv2d(x, w, b, padding=1), 2),
-    Convolution.upsample2_conv3x3: lambda x, w, b: F.conv2d(F.interpolate(x, scale_factor=2.0), w, b, padding=1),
+TORCH: dict[ConvolutionKind, Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {
+    ConvolutionKind.conv4x4: lambda x, w, b: F.conv2d(x, w, b, stride=2, padding=1),
+    ConvolutionKind.conv_transpose4x4: lambda x, w, b: F.conv_transpose2d(x, w, b, stride=2, padding=1),
+    ConvolutionKind.conv3x3_even: lambda x, w, b: F.conv2d(x, w, b, stride=2, padding=1),
+    ConvolutionKind.conv3x3_odd: lambda x, w, b: F.conv2d(x, w, b, stride=2, padding=1),
+    ConvolutionKind.conv3x3_avg_pool2: lambda x, w, b: F.avg_pool2d(F.conv2d(x, w, b, padding=1), 2),
+    ConvolutionKind.upsample2_conv3x3: lambda x, w, b: F.conv2d(F.interpolate(x, scale_factor=2.0), w, b, padding=1),
 }
-PARITY = {Convolution.conv3x3_even: 0, Convolution.conv3x3_odd: 1}  # of the maps that it takes
+PARITY = {ConvolutionKind.conv3x3_even: 0, ConvolutionKind.conv3x3_odd: 1}  # of the maps that it takes
 
 # The floor of the tolerance: how many roundings of float32 (eps) a result may be off, measured at what its terms add up
 # to when they do not cancel. With the matrices A, B and G of F(4×4, 2×2) in csrc/cpu/winograd_transforms.h and
@@ -46,7 +46,7 @@ CHANNELS = (1, 3, 8, 16, 17, 31, 33, 64)
 
 @dataclass(frozen=True)
 class Case(native_convolutions.Case):
-    convolution: Convolution = Convolution.conv4x4
+    convolution: ConvolutionKind = ConvolutionKind.conv4x4
 
     @property
     def native(self) -> NativeConvolution:
@@ -54,8 +54,8 @@ class Case(native_convolutions.Case):
 
     @property
     def weight_shape(self) -> tuple[int, int, int, int]:
-        side, channels = 3 if self.convolution.value.rows else 4, (self.out_channels, self.in_channels)
-        return (*(channels[::-1] if self.convolution is Convolution.conv_transpose4x4 else channels), side, side)
+        side, channels = stride2.kernel_side(self.convolution), (self.out_channels, self.in_channels)
+        return (*(channels[::-1] if self.convolution is ConvolutionKind.conv_transpose4x4 else channels), side, side)
 
     def convolve(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return TORCH[self.convolution](input, weight, bias)
@@ -67,8 +67,8 @@ def compare_with_torch(accuracy, case: Case) -> None:
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    convolution = draw(st.sampled_from(list(Convolution)))
-    height, width = (draw(st.integers(1 if convolution.value.transposed else 2, 19)) for _ in range(2))
+    convolution = draw(st.sampled_from(stride2.KINDS))
+    height, width = (draw(st.integers(1 if stride2.doubles(convolution) else 2, 19)) for _ in range(2))
     parity = PARITY.get(convolution)
     assume(parity is None or height % 2 == width % 2 == parity)
     return Case(
@@ -101,21 +101,21 @@ def test_random_shapes_are_as_accurate_as_torch(accuracy, case):
 
 AWKWARD = {
     "one pixel from four": Case(images=1, height=2, width=2),
-    "four pixels from one": Case(Convolution.conv_transpose4x4, images=1, height=1, width=1),
+    "four pixels from one": Case(ConvolutionKind.conv_transpose4x4, images=1, height=1, width=1),
     "odd maps": Case(height=11, width=7, groups=2, pending="kink_affine"),
     "channel tails": Case(in_channels=33, out_channels=47, height=18, width=14, statistics_of_activation=True),
     "transposed channel tails": Case(
-        Convolution.conv_transpose4x4, in_channels=47, out_channels=33, height=9, groups=2
+        ConvolutionKind.conv_transpose4x4, in_channels=47, out_channels=33, height=9, groups=2
     ),
     "several segments in a row": Case(height=6, width=110, groups=2),
-    "several segments from a row": Case(Convolution.conv_transpose4x4, height=3, width=59, groups=2),
+    "several segments from a row": Case(ConvolutionKind.conv_transpose4x4, height=3, width=59, groups=2),
     "weights larger than all else": Case(in_channels=200, out_channels=300, height=10, groups=2),
-    "and transposed": Case(Convolution.conv_transpose4x4, in_channels=300, out_channels=200, height=5, width=3),
+    "and transposed": Case(ConvolutionKind.conv_transpose4x4, in_channels=300, out_channels=200, height=5, width=3),
     "bfloat16 tails": Case(in_channels=19, out_channels=21, height=12, width=10, dtype=torch.bfloat16, groups=2),
-    "3x3 of an even map": Case(Convolution.conv3x3_even, height=6, width=10),
-    "3x3 of an odd map": Case(Convolution.conv3x3_odd, height=7, width=5),
-    "pooled odd map": Case(Convolution.conv3x3_avg_pool2, height=7, width=9),
-    "upsampled": Case(Convolution.upsample2_conv3x3, in_channels=20, out_channels=24, height=5, width=6),
+    "3x3 of an even map": Case(ConvolutionKind.conv3x3_even, height=6, width=10),
+    "3x3 of an odd map": Case(ConvolutionKind.conv3x3_odd, height=7, width=5),
+    "pooled odd map": Case(ConvolutionKind.conv3x3_avg_pool2, height=7, width=9),
+    "upsampled": Case(ConvolutionKind.upsample2_conv3x3, in_channels=20, out_channels=24, height=5, width=6),
 }
 
 
@@ -133,7 +133,7 @@ def test_lesser_instruction_sets_pass_the_same_tests(isa):
 SEVERAL_THREADS = {
     "tiles to share": Case(images=3, in_channels=24, out_channels=40, height=44, width=38, groups=2),
     "tiles to make": Case(
-        Convolution.conv_transpose4x4, images=3, in_channels=40, out_channels=24, height=22, width=19
+        ConvolutionKind.conv_transpose4x4, images=3, in_channels=40, out_channels=24, height=22, width=19
     ),
     "channels to share": Case(images=1, in_channels=320, out_channels=250, height=16, width=16, pending="kink_affine"),
 }
@@ -156,7 +156,7 @@ def test_same_arguments_give_the_same_bits(threads, name):
         assert torch.equal(again, first[name]), name
 
 
-@pytest.mark.parametrize("convolution", Convolution)
+@pytest.mark.parametrize("convolution", stride2.KINDS, ids=lambda kind: kind.name)
 def test_padding_contributes_zero_after_the_shift(convolution):
     side = 3 if PARITY.get(convolution) else 2
     of = Arguments(Case(convolution, images=1, height=side, width=side, has_bias=False))
@@ -166,7 +166,7 @@ def test_padding_contributes_zero_after_the_shift(convolution):
 
 
 def test_running_statistics_move_towards_each_group_in_order():
-    case = Case(Convolution.conv_transpose4x4, out_channels=21, groups=3)
+    case = Case(ConvolutionKind.conv_transpose4x4, out_channels=21, groups=3)
     of, running_mean, running_var = Arguments(case), torch.randn(21), torch.rand(21)
     expected_mean, expected_var = running_mean.clone(), running_var.clone()
     after = case.native.forward_with_statistics(
@@ -204,18 +204,18 @@ def test_weights_of_any_strides():
 @pytest.mark.parametrize(
     ("convolution", "weight", "input", "taken"),
     [
-        (Convolution.conv4x4, (64, 16, 4, 4), (2, 16, 8, 8), True),
-        (Convolution.conv4x4, (64, 16, 3, 3), (2, 16, 8, 8), False),
-        (Convolution.conv4x4, (64, 3, 4, 4), (2, 3, 8, 8), True),
+        (ConvolutionKind.conv4x4, (64, 16, 4, 4), (2, 16, 8, 8), True),
+        (ConvolutionKind.conv4x4, (64, 16, 3, 3), (2, 16, 8, 8), False),
+        (ConvolutionKind.conv4x4, (64, 3, 4, 4), (2, 3, 8, 8), True),
         (
-            Convolution.conv4x4,
+            ConvolutionKind.conv4x4,
             (8, 3, 4, 4),
             (2, 3, 8, 8),
             False,
         ),  # few channels: the transforms outweigh what they save
-        (Convolution.conv4x4, (64, 16, 4, 4), (2, 16, 1, 8), False),  # no output
-        (Convolution.conv_transpose4x4, (16, 64, 4, 4), (2, 16, 1, 8), True),
-        (Convolution.upsample2_conv3x3, (64, 16, 3, 3), (2, 16, 4, 4), True),
+        (ConvolutionKind.conv4x4, (64, 16, 4, 4), (2, 16, 1, 8), False),  # no output
+        (ConvolutionKind.conv_transpose4x4, (16, 64, 4, 4), (2, 16, 1, 8), True),
+        (ConvolutionKind.upsample2_conv3x3, (64, 16, 3, 3), (2, 16, 4, 4), True),
     ],
 )
 def test_takes_what_it_does_well(convolution, weight, input, taken):
@@ -223,24 +223,35 @@ def test_takes_what_it_does_well(convolution, weight, input, taken):
 
 
 def test_a_3x3_convolution_of_stride_2_depends_on_the_parity_of_the_map():
-    assert stride2.conv3x3(torch.Size((1, 16, 8, 6))) is Convolution.conv3x3_even
-    assert stride2.conv3x3(torch.Size((1, 16, 7, 5))) is Convolution.conv3x3_odd
+    assert stride2.conv3x3(torch.Size((1, 16, 8, 6))) is ConvolutionKind.conv3x3_even
+    assert stride2.conv3x3(torch.Size((1, 16, 7, 5))) is ConvolutionKind.conv3x3_odd
     assert stride2.conv3x3(torch.Size((1, 16, 7, 6))) is None
 
 
 def test_a_map_without_output_is_refused_before_any_work():
-    x, weight = torch.zeros(1, 16, 1, 8), torch.zeros(16, 16, 4, 4)
-    arguments = (
-        native.Dtype.float32, False, x.shape, 16, 1, 1, x.data_ptr(), 0, 0, 1.0, False, weight.data_ptr(),
-        weight.stride(), 0, x.data_ptr(), 0, 0, 1.0, False, 0, 1,
-    )  # fmt: skip
     with pytest.raises(ValueError, match=r"the output would be empty; got a map of 1×8 and padding 1"):
-        native.winograd_stride2_forward(*arguments)
+        native.Convolution(ConvolutionKind.conv4x4, native.Dtype.float32, False, (1, 16, 1, 8), 16, 1)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in Convolution if kind.value.rows])
+@pytest.mark.parametrize(
+    ("kind", "sides", "padding", "message"),
+    [
+        (ConvolutionKind.conv3x3_even, (6, 7), 1, "sides must be even; got 6×7"),
+        (ConvolutionKind.conv3x3_odd, (6, 8), 1, "sides must be odd; got 6×8"),
+        (ConvolutionKind.upsample2_conv3x3, (6, 8), 0, "padding must be 1 here; got 0"),
+    ],
+)
+def test_what_is_no_4x4_convolution_is_refused(kind, sides, padding, message):
+    with pytest.raises(ValueError, match=message):
+        native.Convolution(kind, native.Dtype.float32, False, (1, 16, *sides), 16, padding)
+
+
+@pytest.mark.parametrize(
+    "kind", [kind for kind in stride2.KINDS if stride2.kernel_side(kind) == 3], ids=lambda kind: kind.name
+)
 def test_autocast_does_not_reach_the_folding_of_the_weight(kind):
-    x = torch.randn(2, 16, 6, 6).contiguous(memory_format=torch.channels_last)
+    side = 6 + PARITY.get(kind, 0)
+    x = torch.randn(2, 16, side, side).contiguous(memory_format=torch.channels_last)
     weight = torch.randn(16, 16, 3, 3)
     convolution = stride2.convolution(kind, weight.shape, x.shape, x.dtype)
     output = convolution.forward(Pending(x), weight, None)

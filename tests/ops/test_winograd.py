@@ -395,16 +395,20 @@ def test_weights_of_any_strides():
         assert torch.equal(result, expected[name]), name
 
 
-def _forward_arguments(**changes) -> tuple:
+def _forward(**changes) -> None:
     x, weight, output = torch.zeros(2, 16, 4, 4), torch.zeros(16, 16, 3, 3), torch.zeros(2, 16, 4, 4)
-    arguments = {
-        "dtype": native.Dtype.float32, "integers": False, "input_shape": list(x.shape), "out_channels": 16,
-        "padding": 1, "groups": 1, "input": x.data_ptr(), "scale": 0, "shift": 0, "negative_slope": 0.1,
-        "activation_first": False, "weight": weight.data_ptr(), "weight_strides": list(weight.stride()), "bias": 0,
-        "output": output.data_ptr(), "output_scale": 0, "output_shift": 0, "output_negative_slope": 0.1,
-        "output_activation_first": False, "residual": 0, "threads": 1,
+    what = {
+        "kind": native.ConvolutionKind.conv3x3, "dtype": native.Dtype.float32, "integers": False,
+        "input_shape": list(x.shape), "out_channels": 16, "padding": 1,
     }  # fmt: skip
-    return tuple({**arguments, **changes}.values())
+    arguments = {
+        "groups": 1, "input": x.data_ptr(), "scale": 0, "shift": 0, "negative_slope": 0.1, "activation_first": False,
+        "weight": weight.data_ptr(), "weight_strides": list(weight.stride()), "bias": 0, "output": output.data_ptr(),
+        "output_scale": 0, "output_shift": 0, "output_negative_slope": 0.1, "output_activation_first": False,
+        "residual": 0, "threads": 1,
+    }  # fmt: skip
+    convolution = native.Convolution(*(changes.get(name, value) for name, value in what.items()))
+    convolution.forward(*(changes.get(name, value) for name, value in arguments.items()))
 
 
 @pytest.mark.parametrize(
@@ -426,4 +430,4 @@ def _forward_arguments(**changes) -> tuple:
 )
 def test_sizes_and_addresses_are_validated(changes, message):
     with pytest.raises(ValueError, match=message):
-        native.winograd_forward(*_forward_arguments(**changes))
+        _forward(**changes)

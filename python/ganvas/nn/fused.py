@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ganvas.nn.line import execute
+from ganvas.nn.line import Line
 from ganvas.nn.plan import plan
-from ganvas.nn.run import Run, call
+from ganvas.nn.run import call
 
 
 class FusedSequential(nn.Sequential):
@@ -34,14 +34,14 @@ class FusedSequential(nn.Sequential):
     """Equal consecutive parts of the batch, each with BatchNorm statistics of its own; see ``statistics_groups()``."""
 
     # (children, their types, plan): a parametrization or a lazy module's first call changes a child's type.
-    _planned: tuple[tuple[Any, ...], tuple[type, ...], tuple[tuple[Run, ...] | nn.Module, ...]] | None = None
+    _planned: tuple[tuple[Any, ...], tuple[type, ...], tuple[Line | nn.Module, ...]] | None = None
 
     def forward(self, input: Tensor) -> Tensor:
         if not isinstance(input, Tensor):
             return super().forward(input)
         groups = self.statistics_groups
         for step in self._steps():
-            input = execute(step, input, groups) if isinstance(step, tuple) else call(step, input, groups)
+            input = step(input, statistics_groups=groups) if isinstance(step, Line) else call(step, input, groups)
         return input
 
     def forward_one_by_one(self, input: Tensor) -> Tensor:
@@ -50,14 +50,14 @@ class FusedSequential(nn.Sequential):
             return super().forward(input)
         groups = self.statistics_groups
         for step in self._steps():
-            if isinstance(step, tuple):
-                for run in step:
+            if isinstance(step, Line):
+                for run in step.runs:
                     input = run.one_by_one(input, groups)
             else:
                 input = call(step, input, groups)
         return input
 
-    def _steps(self) -> tuple[tuple[Run, ...] | nn.Module, ...]:
+    def _steps(self) -> tuple[Line | nn.Module, ...]:
         children = tuple(self._modules.values())
         types = tuple(map(type, children))
         planned = self._planned

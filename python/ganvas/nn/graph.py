@@ -15,23 +15,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
-from ganvas.nn.line import execute
+from ganvas.nn.line import Line
 from ganvas.nn.run import ACTIVATIONS, NORMS, PRODUCERS, Run, breaks_on_channels_last
 from ganvas.nn.tracing import IN_PLACE_OPERATORS, Trace, has_hooks
-
-
-@dataclass(frozen=True, eq=False)
-class Line:
-    """Neighbouring runs: nothing but the next one reads what a run puts out."""
-
-    runs: tuple[Run, ...]
-
-    __name__ = "fused"  # under which it appears in the generated code
-
-    def __call__(self, input: Tensor, *residuals: Tensor | None) -> Tensor:
-        return execute(self.runs, input, 1, residuals)
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from operator import is_, itemgetter
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _has_any_global_hook
 
 from ganvas.nn.run import (
@@ -16,63 +20,136 @@ from ganvas.nn.run import (
     uses_batch_statistics,
     why_not_plain,
 )
-from ganvas.ops.chain import Layer, can_chain, conv_bn_leaky_relu_chain
+from ganvas.ops.chain import Chain, Layer
 from ganvas.ops.convolution import Geometry, symmetric_padding
 
 
-def execute(
-    runs: Sequence[Run], input: Tensor, statistics_groups: int, residuals: Sequence[Tensor | None] | None = None
-) -> Tensor:
-    """The runs one after the other, each with the residual that it adds, or None."""
-    residuals = residuals or [None] * len(runs)
-    global_hooks = _has_any_global_hook()
-    for stretch, layers in _stretches(runs, residuals, statistics_groups):
-        members, residual = [runs[i] for i in stretch], residuals[stretch[-1]]
-        alone = global_hooks or not layers
-        chained = None if alone else _execute_as_chain(members, layers, input, statistics_groups, residual)
-        if chained is not None:
-            input = chained
-            continue
-        for i, run in zip(stretch, members):
-            input = run(input, statistics_groups, residuals[i])
-    return input
+class Stretch(NamedTuple):
+    """Neighbouring runs that can be a chain, up to one that adds a residual; or a single run that cannot."""
+
+    positions: list[int]
+    chain: Chain | None
 
 
-def _stretches(
-    runs: Sequence[Run], residuals: Sequence[Tensor | None], statistics_groups: int
-) -> Iterator[tuple[list[int], list[Layer]]]:
-    """Positions of neighbouring runs that can be layers of a chain, up to a residual, and the layers.
+class Line:
+    """Runs that follow each other. What they were as layers of a chain is remembered until one of them changes."""
 
-    Any other run by itself, without a layer.
-    """
-    stretch: list[int] = []
-    layers: list[Layer] = []
-    for i, (run, residual) in enumerate(zip(runs, residuals)):
-        layer = _layer(run, statistics_groups) if residual is None or run.norm is not None else None
-        if layer is not None:
-            stretch.append(i)
-            layers.append(layer)
-        if stretch and (residual is not None or layer is None):
-            yield stretch, layers  # a residual is added to a chain's last layer
-            stretch, layers = [], []
-        if layer is None:
-            yield [i], []
-    if stretch:
-        yield stretch, layers
+    __name__ = "fused"  # under which it appears in generated code
+
+    def __init__(self, runs: Sequence[Run]) -> None:
+        self.runs = tuple(runs)
+        self._watches = [_Watch(run) for run in self.runs]
+        self._known: _Known | None = None
+
+    def __call__(self, input: Tensor, *residuals: Tensor | None, statistics_groups: int = 1) -> Tensor:
+        """The runs one after the other, each with the residual that it adds, or None; without residuals none does."""
+        runs = self.runs
+        residuals = residuals or (None,) * len(runs)
+        apart = _has_any_global_hook()
+        for positions, chain in self._stretches(residuals, statistics_groups):
+            if chain is not None and not apart:
+                chained = self._chained(chain, positions, input, statistics_groups, residuals[positions[-1]])
+                if chained is not None:
+                    input = chained
+                    continue
+            for i in positions:
+                input = runs[i](input, statistics_groups, residuals[i])
+        return input
+
+    def _chained(
+        self, chain: Chain, positions: list[int], input: Tensor, statistics_groups: int, residual: Tensor | None
+    ) -> Tensor | None:
+        """None where a chain would gain nothing."""
+        prepared = chain.prepare(input, statistics_groups, residual)
+        if prepared is None:
+            return None
+        for i, layer in zip(positions, chain.layers):
+            norm = self.runs[i].norm
+            if norm is not None and norm.momentum is None:  # a cumulative average: of as many as there were before
+                *_, layer.momentum = norm_arguments(norm)
+                count_batches(norm, statistics_groups)
+        return chain.run(prepared, input, statistics_groups, residual)
+
+    def _stretches(self, residuals: Sequence[Tensor | None], statistics_groups: int) -> Sequence[Stretch]:
+        adds = [residual is not None for residual in residuals]
+        if torch.compiler.is_compiling():  # a graph would be made again for what is remembered after it
+            return list(_cut(self.runs, [_layer(run, statistics_groups) for run in self.runs], adds))
+        layers = [watch.layer(statistics_groups) for watch in self._watches]
+        known = self._known
+        if known is None or known.adds != adds or not all(map(is_, known.layers, layers)):
+            known = self._known = _Known(layers, adds, list(_cut(self.runs, layers, adds)))
+        return known.stretches
 
 
-def _execute_as_chain(
-    runs: Sequence[Run], layers: list[Layer], input: Tensor, statistics_groups: int, residual: Tensor | None
-) -> Tensor | None:
-    """None where a chain would gain nothing."""
-    if not can_chain(input, layers, statistics_groups, residual):
-        return None
-    for run, layer in zip(runs, layers):
-        if run.norm is not None:
-            if run.norm.momentum is None:  # a cumulative average: of as many as there were before this use
-                *_, layer.momentum = norm_arguments(run.norm)
-            count_batches(run.norm, statistics_groups)
-    return conv_bn_leaky_relu_chain(input, layers, statistics_groups, residual)
+class _Known(NamedTuple):
+    layers: list[Layer | None]
+    adds: list[bool]
+    stretches: list[Stretch]
+
+
+def _cut(runs: Sequence[Run], layers: Sequence[Layer | None], adds: Sequence[bool]) -> Iterator[Stretch]:
+    positions: list[int] = []
+    members: list[Layer] = []
+    for i, (run, layer) in enumerate(zip(runs, layers)):
+        chains = layer is not None and (run.norm is not None or not adds[i])
+        if chains:
+            positions.append(i)
+            members.append(layer)  # type: ignore[arg-type]
+        if positions and (adds[i] or not chains):
+            yield Stretch(positions, Chain(members))  # a residual is added to a chain's last layer
+            positions, members = [], []
+        if not chains:
+            yield Stretch([i], None)
+    if positions:
+        yield Stretch(positions, Chain(members))
+
+
+# What makes a layer of a run, beside tensors and hooks.
+_SETTINGS = {
+    nn.Conv2d: itemgetter(
+        "kernel_size", "stride", "padding", "dilation", "output_padding", "groups", "padding_mode", "out_channels"
+    ),
+    nn.BatchNorm2d: itemgetter("num_features", "eps", "momentum", "training", "track_running_stats"),
+    nn.LeakyReLU: itemgetter("negative_slope"),
+}
+_SETTINGS[nn.ConvTranspose2d] = _SETTINGS[nn.Conv2d]
+
+
+class _Watch:
+    """A run as a layer: the same object for as long as nothing of what makes it changes."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._layer: Layer | None = None
+        self._tensors: list[tuple[dict[str, Any], str, Tensor | None]] = []
+        self._settings: list[tuple[itemgetter, dict[str, Any], Any]] = []
+
+    def layer(self, statistics_groups: int) -> Layer | None:
+        """None where the run's modules have to be called."""
+        if self._layer is None or not self._holds():
+            self._look(statistics_groups)
+        return self._layer
+
+    def _holds(self) -> bool:
+        # Plain loops: this is asked at every call.
+        for holder, name, tensor in self._tensors:
+            if holder.get(name) is not tensor:
+                return False
+        for values, state, known in self._settings:
+            if values(state) != known:
+                return False
+        return not any(map(why_not_plain, self._run.modules))
+
+    def _look(self, statistics_groups: int) -> None:
+        run = self._run
+        self._layer = _layer(run, statistics_groups)
+        self._tensors, self._settings = [], []
+        for module in run.modules if self._layer is not None else ():
+            state = module.__dict__
+            for holder in (state["_parameters"], state["_buffers"]):
+                self._tensors += [(holder, name, tensor) for name, tensor in holder.items()]
+            if (values := _SETTINGS.get(type(module))) is not None:
+                self._settings.append((values, state, values(state)))
 
 
 def _layer(run: Run, statistics_groups: int) -> Layer | None:
@@ -101,5 +178,11 @@ def _layer(run: Run, statistics_groups: int) -> Layer | None:
     batch_statistics, running_mean, running_var, momentum = norm_arguments(norm)
     return Layer(
         geometry, producer.weight, producer.bias, batch_statistics, norm.weight, norm.bias, running_mean, running_var,
-        momentum, norm.eps, slope, run.order == "conv_act_bn", max_pool,
+        momentum, norm.eps, slope, run.order == "conv_act_bn", max_pool, batches=_counted(norm),
     )  # fmt: skip
+
+
+def _counted(norm: _BatchNorm) -> Tensor | None:
+    """What a chain counts its batches in. Those of a cumulative average are counted before its share is known."""
+    counts = norm.training and norm.track_running_stats and norm.momentum is not None
+    return norm.num_batches_tracked if counts else None

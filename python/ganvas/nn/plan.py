@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from ganvas.nn.line import Line
 from ganvas.nn.run import ACTIVATIONS, CONVOLUTIONS, NORMS, PRODUCERS, Run
 
 UPSAMPLINGS = frozenset({nn.Upsample, nn.UpsamplingNearest2d})
@@ -42,7 +43,7 @@ def find_runs(children: Mapping[str, nn.Module | None]) -> list[Run]:
     return runs
 
 
-def plan(children: Mapping[str, nn.Module]) -> tuple[tuple[Run, ...] | nn.Module, ...]:
+def plan(children: Mapping[str, nn.Module]) -> tuple[Line | nn.Module, ...]:
     """What a FusedSequential executes: its runs, neighbouring ones together, and the other children as they are.
 
     A convolution that belongs to no run is one here: native kernels may be the faster ones, and read what is pending.
@@ -53,14 +54,17 @@ def plan(children: Mapping[str, nn.Module]) -> tuple[tuple[Run, ...] | nn.Module
     for name, module in children.items():
         if name not in run_of and type(module) in CONVOLUTIONS:
             run_of[name] = Run((name,), (module,), module, None, None, "conv_bn_act", channels_last)
-    steps: list[tuple[Run, ...] | nn.Module] = []
+    steps: list[Line | nn.Module] = []
     for name, module in children.items():
         run = run_of.get(name)
         if run is None:
             steps.append(module)
         elif name == run.names[0]:
-            before = steps.pop() if steps and isinstance(steps[-1], tuple) else ()
-            steps.append((*before, run))  # type: ignore[misc]
+            before = steps[-1] if steps else None
+            if isinstance(before, Line):
+                steps[-1] = Line((*before.runs, run))
+            else:
+                steps.append(Line((run,)))
     return tuple(steps)
 
 

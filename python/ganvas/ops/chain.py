@@ -3,32 +3,30 @@
 The activation of a layer stays pending (:class:`ganvas.ops.pending.Pending`): the next convolution applies
 the norm and the kink while it loads, and its backward pass leaves the sums that the norm's needs. Nearest-neighbour
 upsampling before a convolution and 2×2 max-pooling after an activation are part of a layer. A convolution that no
-native kernel takes runs in torch, on the activation written out for it.
+native kernel takes runs in torch, on the activation written out for it. Where native kernels take all of them on a CPU,
+the chain is one native call forward and one backward.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ganvas.ops import chain_operators
+from ganvas.ops import chain_operators, checks, tuning
 from ganvas.ops.backends.arguments import to_dtype
-from ganvas.ops.chain_passes import (
-    Stage,
-    differentiable_backward,
-    forward_direction,
-    restored,
-    run_backward,
-    run_forward,
-)
+from ganvas.ops.backends.cpu.precision import rounds_float32
+from ganvas.ops.backends.trial import Direction
+from ganvas.ops.chain_passes import Stage, differentiable_backward, restored, run_backward, run_forward
 from ganvas.ops.direct import holds, runs_as_operator, runs_directly
 from ganvas.ops.kernels import kernels_of
 from ganvas.ops.layers import Layer, by_layer
 from ganvas.ops.selection import choose
 
-__all__ = ["Layer", "can_chain", "conv_bn_leaky_relu_chain"]
+__all__ = ["Chain", "Layer", "can_chain", "conv_bn_leaky_relu_chain"]
 
 
 def can_chain(
@@ -38,52 +36,7 @@ def can_chain(
 
     Also False where an argument does not fit: the layers one by one have the message for that.
     """
-    if input.dim() != 4 or input.numel() == 0 or input.shape[0] % statistics_groups:
-        return False
-    if not (runs_directly(input) or runs_as_operator(input)):
-        return False
-    dtype = _computed_dtype(input)
-    if choose("conv_bn_leaky_relu", input, layers[0].backend) == "reference" or dtype not in kernels_of(input).DTYPES:
-        return False
-    autocast = torch.is_autocast_enabled(input.device.type)
-    convolutions = []
-    shape, device = input.shape, input.device
-    for layer in layers:
-        weight = layer.weight
-        if shape[1] != layer.geometry.in_channels(weight.shape):
-            return False
-        if weight.dtype is not dtype and not (autocast and weight.dtype is not torch.float64):
-            return False
-        convolutions.append((layer, shape))
-        convolved = layer.convolved_shape(shape)
-        if not holds(weight, weight.shape, device):
-            return False
-        for values in (layer.bias, layer.bn_weight, layer.bn_bias, layer.running_mean, layer.running_var):
-            if values is not None and not holds(values, (convolved[1],), device):
-                return False
-        shape = layer.pooled_shape(convolved)
-        if min(shape) < 1:
-            return False
-        # Not numel(), which makes a constant of a symbolic size.
-        if layer.batch_statistics and convolved[0] * convolved[2] * convolved[3] == statistics_groups:
-            return False
-    if residual is not None:
-        if not (holds(residual, shape, input.device) and residual.dtype is dtype):
-            return False  # torch broadcasts and promotes
-        if layers[-1].negative_slope < 0:
-            return False  # the output's sign would not tell the side of the kink
-    return any(layer.max_pool or _is_native(layer, shape, dtype) for layer, shape in convolutions)
-
-
-def _is_native(layer: Layer, input_shape: torch.Size, dtype: torch.dtype) -> bool:
-    """Whether a native kernel runs, forward or backward. In a graph it is the operator that measures, when it runs."""
-    kernels, arguments = kernels_of(layer.weight), (layer.geometry, layer.weight, input_shape, dtype)
-    if torch.compiler.is_compiling():
-        return kernels.native_convolution(*arguments) is not None
-    directions = [forward_direction(layer)]
-    if torch.is_grad_enabled():
-        directions += ["backward_weight", "backward_input"]
-    return any(kernels.chosen_convolution(*arguments, way, layer.backend) is not None for way in directions)
+    return Chain(layers).prepare(input, statistics_groups, residual) is not None
 
 
 def conv_bn_leaky_relu_chain(
@@ -100,47 +53,206 @@ def conv_bn_leaky_relu_chain(
     Returns:
         The last layer's activation, channels_last. Gradients of every order.
     """
-    input = to_dtype(input, _computed_dtype(input))
+    chain = Chain(layers)
+    return chain.run(chain.prepare(input, statistics_groups, residual), input, statistics_groups, residual)
+
+
+_MOST_PREPARED = 64  # shapes of one chain
+
+Layouts = list[tuple[type, torch.Size, tuple[int, ...], torch.dtype, torch.device]]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is known of a chain's inputs of one shape."""
+
+    pays: bool
+    """Whether the layers should run as a chain."""
+    output_shape: torch.Size
+    native: Any
+    """The chain in one call, if there is such a call: :class:`ganvas.ops.backends.cpu.chain.NativeChain`."""
+    layouts: Layouts
+    """Of the chain's tensors."""
+    generation: int
+    """Of the choices by measurement."""
+
+
+class Chain:
+    """Layers that run as one operation. What was found out about a shape is kept for the next input of that shape."""
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self.layers = tuple(layers)
+        self._parameters = [tensor for layer in self.layers for tensor in layer.tensors]
+        self._moving = [tensor for layer in self.layers for tensor in _moving(layer)]
+        self._tensors = [tensor for tensor in (*self._parameters, *self._moving) if tensor is not None]
+        self._moved = [t for layer in self.layers if layer.batch_statistics for t in _moving(layer) if t is not None]
+        self.given = [t for layer in self.layers if layer.batch_statistics is False for t in _moving(layer)[:2]]
+        self._prepared: dict[tuple[Any, ...], Prepared] = {}
+
+    def __call__(self, input: Tensor, statistics_groups: int = 1, residual: Tensor | None = None) -> Tensor | None:
+        """As :func:`conv_bn_leaky_relu_chain` where :func:`can_chain`, None elsewhere."""
+        prepared = self.prepare(input, statistics_groups, residual)
+        return None if prepared is None else self.run(prepared, input, statistics_groups, residual)
+
+    def prepare(self, input: Tensor, statistics_groups: int, residual: Tensor | None) -> Prepared | None:
+        """None where the layers are to run one by one: see :func:`can_chain`."""
+        if not (runs_directly(input) or runs_as_operator(input)):
+            return None
+        if choose("conv_bn_leaky_relu", input, self.layers[0].backend) == "reference":
+            return None
+        if torch.compiler.is_compiling():  # no memory of what a graph was made of
+            prepared = self._examine(input, statistics_groups)
+        else:
+            key = (
+                input.shape, input.device, _computed_dtype(input), statistics_groups, torch.get_num_threads(),
+                torch.is_grad_enabled(), rounds_float32(),
+            )  # fmt: skip
+            prepared = self._prepared.get(key)
+            if prepared is None or prepared.generation != tuning.generation or prepared.layouts != self._layouts():
+                prepared = self._examine(input, statistics_groups)
+                if len(self._prepared) >= _MOST_PREPARED:
+                    self._prepared.clear()
+                if prepared is not None:
+                    self._prepared[key] = prepared
+        if prepared is None or not prepared.pays:
+            return None
+        if residual is not None:
+            if not (holds(residual, prepared.output_shape, input.device) and residual.dtype is _computed_dtype(input)):
+                return None  # torch broadcasts and promotes
+            if self.layers[-1].negative_slope < 0:
+                return None  # the output's sign would not tell the side of the kink
+        return prepared
+
+    def run(self, prepared: Prepared | None, input: Tensor, statistics_groups: int, residual: Tensor | None) -> Tensor:
+        """With what :meth:`prepare` said of these arguments."""
+        input = to_dtype(input, _computed_dtype(input))
+        if torch.compiler.is_compiling():
+            return chain_operators.call(input, residual, self.layers, statistics_groups)
+        native = None if prepared is None else prepared.native
+        tensors = self._parameters
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, residual, *tensors)):
+            return _ChainFunction.apply(input, residual, self, statistics_groups, native, *tensors)
+        if native is not None:
+            output, _, _ = self.run_natively(native, input, residual, keep=False)
+            return output
+        return run_forward(input, residual, self.layers, tensors, statistics_groups)
+
+    def run_natively(self, native: Any, input: Tensor, residual: Tensor | None, *, keep: bool) -> Any:
+        """``native.forward``; torch is told of what it moves."""
+        if residual is not None:
+            residual = checks.channels_last(residual)
+        result = native.forward(checks.channels_last(input), residual, self._parameters, self._moving, keep)
+        torch.autograd.graph.increment_version(self._moved)
+        return result
+
+    def _examine(self, input: Tensor, groups: int) -> Prepared | None:
+        if input.dim() != 4 or input.numel() == 0 or input.shape[0] % groups:
+            return None
+        kernels, dtype, device = kernels_of(input), _computed_dtype(input), input.device
+        if dtype not in kernels.DTYPES:
+            return None
+        autocast = torch.is_autocast_enabled(device.type)
+        convolutions = []
+        shape = input.shape
+        for layer in self.layers:
+            weight = layer.weight
+            if shape[1] != layer.geometry.in_channels(weight.shape):
+                return None
+            if weight.dtype is not dtype and not (autocast and weight.dtype is not torch.float64):
+                return None
+            convolutions.append((layer, shape))
+            convolved = layer.convolved_shape(shape)
+            if not holds(weight, weight.shape, device):
+                return None
+            for values in (layer.bias, layer.bn_weight, layer.bn_bias, layer.running_mean, layer.running_var):
+                if values is not None and not holds(values, (convolved[1],), device):
+                    return None
+            shape = layer.pooled_shape(convolved)
+            if min(shape) < 1:
+                return None
+            # Not numel(), which makes a constant of a symbolic size.
+            if layer.batch_statistics and convolved[0] * convolved[2] * convolved[3] == groups:
+                return None
+        pays = any(layer.max_pool or _is_native(layer, read, dtype) for layer, read in convolutions)
+        if torch.compiler.is_compiling():
+            return Prepared(pays, shape, None, [], 0)
+        native = kernels.native_chain(self.layers, input.shape, dtype, groups) if pays else None
+        return Prepared(pays, shape, native, self._layouts(), tuning.generation)
+
+    def _layouts(self) -> Layouts:
+        return [(type(tensor), tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in self._tensors]
+
+
+def _moving(layer: Layer) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """What a kernel reads or moves of the statistics: mean, variance and the count of batches."""
+    mean, var = layer.running_mean, layer.running_var
+    if layer.batch_statistics is None or mean is None or var is None or (layer.batch_statistics and not layer.momentum):
+        mean = var = None
+    return mean, var, layer.batches if layer.batch_statistics else None
+
+
+def _is_native(layer: Layer, input_shape: torch.Size, dtype: torch.dtype) -> bool:
+    """Whether a native kernel runs, forward or backward. In a graph it is the operator that measures, when it runs."""
+    kernels, arguments = kernels_of(layer.weight), (layer.geometry, layer.weight, input_shape, dtype)
     if torch.compiler.is_compiling():
-        return chain_operators.call(input, residual, layers, statistics_groups)
-    tensors = [tensor for layer in layers for tensor in layer.tensors]
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, residual, *tensors)):
-        return _Chain.apply(input, residual, tuple(layers), statistics_groups, *tensors)
-    return run_forward(input, residual, layers, tensors, statistics_groups)
+        return kernels.native_convolution(*arguments) is not None
+    directions: list[Direction] = [layer.forward_direction]
+    if torch.is_grad_enabled():
+        directions += ["backward_weight", "backward_input"]
+    return any(kernels.chosen_convolution(*arguments, way, layer.backend) is not None for way in directions)
 
 
-class _Chain(torch.autograd.Function):
+class _ChainFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, input, residual, layers, groups, *tensors):  # type: ignore[override]
-        stages: list[Stage] = []
-        output = run_forward(input, residual, layers, tensors, groups, stages.append)
+    def forward(ctx, input, residual, chain, groups, native, *tensors):  # type: ignore[override]
+        layers = chain.layers
+        kept: list[Tensor | None]
+        if native is not None:
+            output, kept, statistics = chain.run_natively(native, input, residual, keep=True)
+            # Statistics that were given are not read again, but a change of them is an error in torch.
+            kept = [*kept, statistics, *chain.given]
+        else:
+            stages: list[Stage] = []
+            output = run_forward(input, residual, layers, tensors, groups, stages.append)
+            kept = [tensor for s in stages for tensor in (s.pending.stored, *s.statistics, s.written, s.winners)]
+            if layers[-1].is_bare:  # the output itself, over which others may write: backward does without
+                kept[-len(kept) // len(stages)] = None
         # The output tells the side of the kink: the residual itself is needed for second derivatives only.
         result = output if residual is not None and layers[-1].negative_slope != 1.0 else None
-        kept = [tensor for s in stages for tensor in (s.pending.stored, *s.statistics, s.written, s.winners)]
-        if layers[-1].is_bare:  # the output itself, over which others may write: backward does without
-            kept[-len(kept) // len(stages)] = None
         ctx.save_for_backward(input, residual, result, *tensors, *kept)
-        ctx.layers, ctx.groups = layers, groups
+        ctx.layers, ctx.groups, ctx.native = layers, groups, native
         return output
 
     @staticmethod
     def backward(ctx, grad_output):  # type: ignore[override]
         input, residual, result, *saved = ctx.saved_tensors
-        layers, count = ctx.layers, len(ctx.needs_input_grad) - 4
+        wants_input, _, _, _, _, *wanted = ctx.needs_input_grad
+        layers, native, count = ctx.layers, ctx.native, len(wanted)
         tensors, kept = saved[:count], saved[count:]
+        grads = None
         if torch.is_grad_enabled() or not runs_directly(grad_output):
             grads = differentiable_backward(grad_output, input, residual, layers, ctx.groups, tensors)
-        else:
-            size = len(kept) // len(layers)
-            stages = [
-                restored(layer, own, *kept[size * i : size * (i + 1)])
-                for i, (layer, own) in enumerate(zip(layers, by_layer(tensors)))
-            ]
-            wants_input, _, _, _, *wanted = ctx.needs_input_grad
+        elif native is not None:
+            kept, statistics = kept[: native.kept_count], kept[native.kept_count]
+            grads = native.backward(
+                checks.channels_last(grad_output), checks.channels_last(input), result, tensors, kept, statistics,
+                residual is not None, wants_input, wanted,
+            )  # fmt: skip
+        if grads is None:
+            stages = _stages(layers, tensors, kept if native is None else native.with_statistics(kept, statistics))
             grads = run_backward(
                 grad_output, input, result, stages, layers, tensors, residual is not None, wants_input, wanted
             )
-        return grads.input, grads.residual, None, None, *grads.tensors
+        return grads.input, grads.residual, None, None, None, *grads.tensors
+
+
+def _stages(layers: Sequence[Layer], tensors: Sequence[Tensor | None], kept: Sequence[Tensor | None]) -> list[Stage]:
+    """From what was kept of each layer: see :func:`restored`."""
+    size = len(kept) // len(layers)
+    return [
+        restored(layer, own, *kept[size * i : size * (i + 1)])  # type: ignore[arg-type]
+        for i, (layer, own) in enumerate(zip(layers, by_layer(tensors)))
+    ]
 
 
 def _computed_dtype(input: Tensor) -> torch.dtype:

@@ -31,6 +31,8 @@ def call(input: Tensor, residual: Tensor | None, layers: Sequence[Layer], statis
         if layer.batch_statistics and layer.momentum and running_mean is not None and running_var is not None:
             count = batch * height * width // statistics_groups
             move_running_statistics(running_mean, running_var, mean, var, layer.momentum, count)
+        if layer.batch_statistics and layer.batches is not None:
+            layer.batches.add_(statistics_groups)
         shape = layer.output_shape(shape)
     return output
 

@@ -20,7 +20,7 @@ from ganvas.ops.batch_norm_leaky_relu import move_running_statistics, reference_
 from ganvas.ops.convolution import convolve, convolve_backward
 from ganvas.ops.direct import is_float32
 from ganvas.ops.kernels import kernels_of
-from ganvas.ops.layers import Layer, Tensors, by_layer
+from ganvas.ops.layers import Gradients, Layer, Tensors, by_layer
 from ganvas.ops.pending import Pending, PendingGradient, fixed
 
 
@@ -95,6 +95,9 @@ def run_forward(
         if keep is not None:
             keep(stage)
     torch.autograd.graph.increment_version(moved)
+    for layer in layers:
+        if layer.batch_statistics and layer.batches is not None:
+            layer.batches.add_(groups)
     if written is not None:
         return written
     return stage.pending.stored if layers[-1].is_bare else kernels_of(input).activate(stage.output)
@@ -106,14 +109,6 @@ def _moved_in_kernel(layer: Layer) -> tuple[Tensor, ...]:
     if not layer.batch_statistics or not layer.momentum or mean is None or var is None:
         return ()
     return (mean, var) if is_float32(mean) and is_float32(var) else ()
-
-
-class Gradients(NamedTuple):
-    """Of what they are asked for, the others None."""
-
-    input: Tensor | None
-    residual: Tensor | None
-    tensors: list[Tensor | None]
 
 
 def run_backward(
@@ -162,11 +157,6 @@ def run_backward(
     return Gradients(grad if wants_input else None, of_residual, grads)
 
 
-def forward_direction(layer: Layer) -> str:
-    """Which of a convolution's ways forward the layer takes."""
-    return "forward_with_statistics" if layer.batch_statistics else "forward"
-
-
 def _forward(
     layer: Layer,
     own: Tensors,
@@ -188,7 +178,7 @@ def _forward(
     stored = before.stored
     kernels = kernels_of(stored)
     kernel = kernels.chosen_convolution(
-        layer.geometry, own.weight, stored.shape, stored.dtype, forward_direction(layer), layer.backend
+        layer.geometry, own.weight, stored.shape, stored.dtype, layer.forward_direction, layer.backend
     )
     norm: Any = (own.bn_weight, own.bn_bias)
     options: Any = (layer.eps, layer.negative_slope, layer.activation_first)
@@ -307,7 +297,7 @@ def _bias_gradient(layer: Layer, raw: Tensor | PendingGradient, of_bn_bias: Tens
         if layer.batch_statistics is None:
             return of_bn_bias
     assert isinstance(raw, Tensor)
-    return raw.sum((0, 2, 3), dtype=torch.float32)
+    return kernels_of(raw).channel_sums(raw)
 
 
 def _of_dtype(own: Tensors, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ganvas.ops.backends.arguments import pixel_strides
+
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -96,8 +98,7 @@ def channels_last(x: Tensor) -> Tensor:
 
     One channel, or one pixel, fits both layouts: torch then keeps whatever strides it finds, which say contiguous.
     """
-    _, c, h, w = x.shape
-    strides = (h * w * c, 1, w * c, c)
+    strides = pixel_strides(x.shape)
     if x.stride() == strides:
         return x
     x = x.contiguous(memory_format=torch.channels_last)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ganvas.ops.backends.trial import Direction
 from ganvas.ops.convolution import Geometry
 
 
@@ -19,6 +20,14 @@ class Tensors(NamedTuple):
     bias: Tensor | None
     bn_weight: Tensor | None
     bn_bias: Tensor | None
+
+
+class Gradients(NamedTuple):
+    """Of what they are asked for, the others None."""
+
+    input: Tensor | None
+    residual: Tensor | None
+    tensors: list[Tensor | None]
 
 
 @dataclass(eq=False, slots=True)  # frozen, it would take three times as long to make
@@ -41,11 +50,18 @@ class Layer:
     """The activation is pooled, 2×2 with stride 2."""
     backend: str | None = None
     """Of the convolution, where there is no choice to be made."""
+    batches: Tensor | None = None
+    """int64, a number: counts the groups whose statistics are taken. None: they are not, or elsewhere."""
 
     @property
     def is_bare(self) -> bool:
         """Whether nothing follows the convolution."""
         return self.batch_statistics is None and self.negative_slope == 1.0 and not self.max_pool
+
+    @property
+    def forward_direction(self) -> Direction:
+        """Which of a convolution's ways forward the layer takes."""
+        return "forward_with_statistics" if self.batch_statistics else "forward"
 
     @property
     def tensors(self) -> Tensors:

@@ -98,6 +98,9 @@ Candidates = Callable[[], tuple[Callable[[], object], Callable[[], object]]]
 decisions: dict[Any, Any] = {}
 """What callers decided, by keys of their own: looking here is all that a call costs. Filled by :func:`decided`."""
 
+generation = 0
+"""Grows when decisions that were kept elsewhere no longer hold."""
+
 _remembered: dict[Case, Entry] = {}
 _said: set[str] = set()
 _lock = threading.Lock()
@@ -172,9 +175,15 @@ def clear() -> None:
     """
     with _lock:
         _remembered.clear()
-        decisions.clear()
+        _forget_decisions()
         _said.clear()
         path().unlink(missing_ok=True)
+
+
+def _forget_decisions() -> None:
+    global generation
+    decisions.clear()
+    generation += 1
 
 
 def path() -> Path:
@@ -342,7 +351,7 @@ def _after_fork() -> None:
     """In the child: another thread of the parent may have held the lock, and what applied there may not here."""
     global _lock, _forked
     _lock, _forked = threading.Lock(), True
-    decisions.clear()
+    _forget_decisions()
 
 
 os.register_at_fork(after_in_child=_after_fork)

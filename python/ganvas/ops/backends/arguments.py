@@ -24,6 +24,12 @@ def to_dtype(values: Tensor, dtype: torch.dtype) -> Tensor:
     return values if values.dtype is dtype else values.to(dtype)
 
 
+def pixel_strides(shape: tuple[int, ...]) -> tuple[int, int, int, int]:
+    """Of (N, C, H, W) in channels_last."""
+    _, channels, height, width = shape
+    return height * width * channels, 1, width * channels, channels
+
+
 def address(tensor: Tensor | None) -> int:
     """Where ``tensor`` begins; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()

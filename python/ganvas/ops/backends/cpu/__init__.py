@@ -16,6 +16,7 @@ except ImportError as error:  # a source tree that was not built: plain torch ru
 else:
     _missing = ""
     from ganvas.ops.backends.cpu import batch_norm_leaky_relu, gan_loss, linear
+    from ganvas.ops.backends.cpu.chain import native_chain
     from ganvas.ops.backends.cpu.convolution import NativeConvolution, chosen_convolution, native_convolution
     from ganvas.ops.backends.cpu.max_pool import max_pool, max_pool_backward
     from ganvas.ops.backends.cpu.pending import (
@@ -24,6 +25,7 @@ else:
         activate_add_backward,
         activate_backward,
         batch_normalised,
+        channel_sums,
         settle,
         stays_pending,
     )
@@ -54,11 +56,13 @@ __all__ = [
     "batch_norm_leaky_relu",
     "batch_normalised",
     "can_run",
+    "channel_sums",
     "chosen_convolution",
     "gan_loss",
     "linear",
     "max_pool",
     "max_pool_backward",
+    "native_chain",
     "native_convolution",
     "settle",
     "stays_pending",

@@ -9,6 +9,7 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
+from ganvas._native import ConvolutionKind
 from ganvas.ops import tuning
 from ganvas.ops.backends.cpu import conv1x1, stride2, winograd
 from ganvas.ops.backends.cpu.kernels import LEAST_CHANNELS, NativeConvolution
@@ -117,14 +118,14 @@ def _multiplications(geometry: Geometry, weight: torch.Size, input: torch.Size) 
     return batch * height * width * weight.numel()
 
 
-def _stride2_kind(geometry: Geometry, weight: Tensor, input_shape: torch.Size) -> stride2.Convolution | None:
+def _stride2_kind(geometry: Geometry, weight: Tensor, input_shape: torch.Size) -> ConvolutionKind | None:
     kernel = tuple(weight.shape[2:])
     if geometry == _STRIDE_2 and kernel == (4, 4):
-        return stride2.Convolution.conv4x4
+        return ConvolutionKind.conv4x4
     if geometry == _STRIDE_2 and kernel == (3, 3):
         return stride2.conv3x3(input_shape)
     if geometry == _STRIDE_2._replace(transposed=True) and kernel == (4, 4):
-        return stride2.Convolution.conv_transpose4x4
+        return ConvolutionKind.conv_transpose4x4
     if geometry == Geometry(padding=(1, 1), upsampled=True) and kernel == (3, 3):
-        return stride2.Convolution.upsample2_conv3x3
+        return ConvolutionKind.upsample2_conv3x3
     return None

@@ -1,15 +1,15 @@
-"""A native convolution of one shape: four entry points, the same in every family (csrc/cpu/convolutions.h)."""
+"""A native convolution of one shape (csrc/cpu/convolutions.h), between pending activations."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ganvas import _native as native
+from ganvas._native import ConvolutionKind
 from ganvas.ops.backends.arguments import address, float32
 from ganvas.ops.backends.cpu.arguments import DTYPES, empty, empty_pixels, halves
 from ganvas.ops.backends.cpu.precision import rounds_float32
@@ -17,36 +17,15 @@ from ganvas.ops.pending import Pending, statistics
 
 LEAST_CHANNELS = 16  # below, the transforms outweigh the products that they save
 
-
-class Kernels(NamedTuple):
-    """What a family of them is entered by (csrc/cpu/convolution.h). Padding is equal on all sides."""
-
-    forward: Callable[..., None]
-    forward_statistics: Callable[..., None]
-    backward_input: Callable[..., None]
-    backward_weight: Callable[..., None]
-
-    @classmethod
-    def named(cls, family: str) -> Kernels:
-        """Those of the bindings whose names begin with ``family``."""
-        return cls(*(getattr(native, f"{family}_{entry}") for entry in cls._fields))
-
-
-class Constants(NamedTuple):
-    """The arguments that every call begins with."""
-
-    dtype: native.Dtype
-    integers: bool
-    """Whether products may be of 16-bit integers, which are finer than bfloat16, or of bfloat16."""
-    input_shape: tuple[int, ...]
-    out_channels: int
-    padding: int
-
-
-def constants(dtype: torch.dtype, input_shape: torch.Size, out_channels: int, padding: int) -> Constants:
-    """For pixels of ``dtype``; products as torch's precision of float32 has them now."""
-    integers = dtype is not torch.float32 or rounds_float32()
-    return Constants(DTYPES[dtype], integers, tuple(input_shape), out_channels, padding)
+# A larger kernel is made of the weight first, at a cost that few pixels do not pay back.
+_FOLDING = frozenset(
+    {
+        ConvolutionKind.conv3x3_even,
+        ConvolutionKind.conv3x3_odd,
+        ConvolutionKind.conv3x3_avg_pool2,
+        ConvolutionKind.upsample2_conv3x3,
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -56,10 +35,10 @@ class NativeConvolution:
     It is made once, and called with what differs from call to call. Weights are float32 or made so.
     """
 
+    kind: ConvolutionKind
     name: str
     """What is computed."""
-    kernels: Kernels
-    constants: Constants
+    native: native.Convolution
     dtype: torch.dtype
     output_shape: torch.Size
     writes_activations: ClassVar = True
@@ -67,12 +46,13 @@ class NativeConvolution:
 
     @property
     def folds_weight(self) -> bool:
-        """Whether a larger kernel is made of the weight first, at a cost that few pixels do not pay back."""
-        return False
+        """Whether few pixels do not pay back what is done with the weight first."""
+        return self.kind in _FOLDING
 
-    def kernel_of(self, weight: Tensor) -> Tensor:
-        """(Cout, Cin, kH, kW) float32 as the kernels read it, in whatever order it lies in memory."""
-        return weight.float()
+    def strides(self, weight: Tensor) -> tuple[int, ...]:
+        """Of the output's channels, the input's, rows and columns: torch's transposed convolutions have Cin first."""
+        out, into, *taps = weight.stride()
+        return (into, out, *taps) if self.kind is ConvolutionKind.conv_transpose4x4 else (out, into, *taps)
 
     def output(self) -> Tensor:
         """(N, Cout, H', W'), uninitialised."""
@@ -91,12 +71,12 @@ class NativeConvolution:
             pending: with fixed statistics; what is stored is not read.
             residual: like the output, channels_last.
         """
-        weight, bias, output = self.kernel_of(weight), float32(bias), pending.stored
-        self.kernels.forward(
-            *self.constants, input.groups, input.stored.data_ptr(), address(input.scale), address(input.shift),
-            input.negative_slope, input.activation_first, weight.data_ptr(), weight.stride(), address(bias),
-            output.data_ptr(), address(pending.scale), address(pending.shift), pending.negative_slope,
-            pending.activation_first, address(residual), torch.get_num_threads(),
+        weight, bias, output = weight.float(), float32(bias), pending.stored
+        self.native.forward(
+            input.groups, input.stored.data_ptr(), address(input.scale), address(input.shift), input.negative_slope,
+            input.activation_first, weight.data_ptr(), self.strides(weight), address(bias), output.data_ptr(),
+            address(pending.scale), address(pending.shift), pending.negative_slope, pending.activation_first,
+            address(residual), torch.get_num_threads(),
         )  # fmt: skip
         return output
 
@@ -116,25 +96,25 @@ class NativeConvolution:
         groups: int,
     ) -> Pending:
         """The output with the norm and the activation after it pending; statistics taken on the way."""
-        weight, bias, bn_weight, bn_bias = self.kernel_of(weight), float32(bias), float32(bn_weight), float32(bn_bias)
+        weight, bias, bn_weight, bn_bias = weight.float(), float32(bias), float32(bn_weight), float32(bn_bias)
         output = self.output()
         mean, var, scale, shift = statistics(groups, output)
-        self.kernels.forward_statistics(
-            *self.constants, groups, input.stored.data_ptr(), address(input.scale), address(input.shift),
-            input.negative_slope, input.activation_first, weight.data_ptr(), weight.stride(), address(bias),
-            output.data_ptr(), address(bn_weight), address(bn_bias), eps, activation_first, negative_slope,
-            address(running_mean), address(running_var), momentum, mean.data_ptr(), var.data_ptr(), scale.data_ptr(),
-            shift.data_ptr(), torch.get_num_threads(),
+        self.native.forward_statistics(
+            groups, input.stored.data_ptr(), address(input.scale), address(input.shift), input.negative_slope,
+            input.activation_first, weight.data_ptr(), self.strides(weight), address(bias), output.data_ptr(),
+            address(bn_weight), address(bn_bias), eps, activation_first, negative_slope, address(running_mean),
+            address(running_var), momentum, mean.data_ptr(), var.data_ptr(), scale.data_ptr(), shift.data_ptr(),
+            torch.get_num_threads(),
         )  # fmt: skip
         return Pending(output, scale, shift, mean, var, bn_weight, bn_bias, eps, negative_slope, activation_first, True)
 
     def backward_input(self, grad_output: Tensor, weight: Tensor, input: Pending) -> tuple[Tensor, Tensor]:
         """g = dL/d(scale*x + shift) of the pending input, and Σg and Σg·(x − mean), (2, G, Cin)."""
-        weight, stored, groups = self.kernel_of(weight), input.stored, input.groups
+        weight, stored, groups = weight.float(), input.stored, input.groups
         grad_input = torch.empty_like(stored)
         sums = empty(2, groups, stored.shape[1])
-        self.kernels.backward_input(
-            *self.constants, groups, grad_output.data_ptr(), weight.data_ptr(), weight.stride(), stored.data_ptr(),
+        self.native.backward_input(
+            groups, grad_output.data_ptr(), weight.data_ptr(), self.strides(weight), stored.data_ptr(),
             address(input.scale), address(input.shift), input.negative_slope, input.activation_first,
             address(input.mean), grad_input.data_ptr(), *halves(sums), torch.get_num_threads(),
         )  # fmt: skip
@@ -142,13 +122,34 @@ class NativeConvolution:
 
     def backward_weight(self, grad_output: Tensor, weight: Tensor, input: Pending) -> Tensor:
         """Like ``weight``, float32."""
-        return self.fill(torch.empty_like(weight, dtype=torch.float32), grad_output, input)
-
-    def fill(self, gradient: Tensor, grad_output: Tensor, input: Pending) -> Tensor:
-        """``gradient``, of what :meth:`kernel_of` makes, in whatever order it lies in memory."""
-        self.kernels.backward_weight(
-            *self.constants, input.groups, input.stored.data_ptr(), address(input.scale), address(input.shift),
-            input.negative_slope, input.activation_first, grad_output.data_ptr(), gradient.data_ptr(),
-            gradient.stride(), torch.get_num_threads(),
+        gradient = torch.empty_like(weight, dtype=torch.float32)
+        self.native.backward_weight(
+            input.groups, input.stored.data_ptr(), address(input.scale), address(input.shift), input.negative_slope,
+            input.activation_first, grad_output.data_ptr(), gradient.data_ptr(), self.strides(gradient),
+            torch.get_num_threads(),
         )  # fmt: skip
         return gradient
+
+
+def convolution(
+    kind: ConvolutionKind,
+    weight: torch.Size,
+    input: torch.Size,
+    dtype: torch.dtype,
+    padding: int = 0,
+    name: str | None = None,
+) -> NativeConvolution:
+    """The kernels of one kind for a weight and an input of these shapes, which they take.
+
+    Products are as torch's precision of float32 has them now.
+
+    Args:
+        weight: torch's, also where another kernel is made of it.
+        padding: equal on all sides.
+        name: the kind's where there is none.
+    """
+    # Products may be of 16-bit integers, which are finer than bfloat16, or of bfloat16.
+    integers = dtype is not torch.float32 or rounds_float32()
+    out_channels = weight[1] if kind is ConvolutionKind.conv_transpose4x4 else weight[0]
+    made = native.Convolution(kind, DTYPES[dtype], integers, tuple(input), out_channels, padding)
+    return NativeConvolution(kind, name or kind.name, made, dtype, torch.Size(made.output_shape))

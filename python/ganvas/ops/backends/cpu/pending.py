@@ -8,7 +8,7 @@ from torch import Tensor
 from ganvas import _native as native
 from ganvas.ops.backends.arguments import address
 from ganvas.ops.backends.cpu import batch_norm_leaky_relu as batch_norm
-from ganvas.ops.backends.cpu.arguments import dtype_of, empty_per_channel, halves
+from ganvas.ops.backends.cpu.arguments import dtype_of, empty, empty_per_channel, halves
 from ganvas.ops.pending import Pending, with_statistics
 
 
@@ -106,6 +106,17 @@ def settle(grad: Tensor, sums: Tensor, pending: Pending) -> tuple[Tensor, Tensor
         of_weight.data_ptr(), of_bias.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return grad, of_weight, of_bias
+
+
+def channel_sums(values: Tensor) -> Tensor:
+    """Over the pixels of (N, C, H, W), channels_last: (C,) float32."""
+    channels = values.shape[1]
+    sums = empty(channels)
+    native.channel_sums(
+        dtype_of(values), values.numel() // channels, channels, values.data_ptr(), sums.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return sums
 
 
 def stays_pending(*convolution: object) -> bool:

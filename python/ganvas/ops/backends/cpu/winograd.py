@@ -1,14 +1,14 @@
-"""Native 3×3 convolutions of stride 1 (csrc/cpu/convolutions.h), between pending activations."""
+"""Native 3×3 convolutions of stride 1 (csrc/cpu/winograd_kernel.cpp)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ganvas.ops.backends.cpu.kernels import LEAST_CHANNELS, Kernels, NativeConvolution, constants
+from ganvas._native import ConvolutionKind
+from ganvas.ops.backends.cpu import kernels
+from ganvas.ops.backends.cpu.kernels import LEAST_CHANNELS, NativeConvolution
 from ganvas.ops.convolution import Geometry
-
-_KERNELS = Kernels.named("winograd")
 
 
 def takes(geometry: Geometry, weight: Tensor, input_shape: torch.Size) -> bool:
@@ -27,7 +27,4 @@ def takes(geometry: Geometry, weight: Tensor, input_shape: torch.Size) -> bool:
 def convolution(geometry: Geometry, weight: torch.Size, input: torch.Size, dtype: torch.dtype) -> NativeConvolution:
     """The kernels for a weight and an input of these shapes, which they take."""
     padding = geometry.padding[0]
-    return NativeConvolution(
-        f"conv3x3_padding{padding}", _KERNELS, constants(dtype, input, weight[0], padding), dtype,
-        geometry.output_shape(input, weight),
-    )  # fmt: skip
+    return kernels.convolution(ConvolutionKind.conv3x3, weight, input, dtype, padding, f"conv3x3_padding{padding}")

@@ -1,0 +1,333 @@
+#include "chain.h"
+
+#include <algorithm>
+#include <sstream>
+#include <stdexcept>
+#include <utility>
+
+#include "batch_norm_leaky_relu.h"
+#include "channel_sums.h"
+#include "max_pool.h"
+#include "pending_gradient.h"
+#include "workspace.h"
+
+namespace ganvas::cpu {
+namespace {
+
+std::int64_t rows_of(const ConvolutionShape& s) {
+    return s.batch * s.out_height * s.out_width;
+}
+
+std::int64_t stored_bytes(const ChainLayer& layer) {
+    return rows_of(layer.shape()) * layer.shape().out_channels * element_bytes(layer.shape().dtype);
+}
+
+std::int64_t pooled_pixels(const ChainLayer& layer) {
+    const ConvolutionShape& s = layer.shape();
+    return s.batch * (s.out_height / 2) * (s.out_width / 2) * s.out_channels;
+}
+
+void require_fit(const ChainLayer& before, const ChainLayer& layer) {
+    const ConvolutionShape &a = before.shape(), &b = layer.shape();
+    const std::int64_t divisor = before.max_pool ? 2 : 1;
+    if (a.dtype == b.dtype && a.batch == b.batch && a.out_channels == b.in_channels &&
+        a.out_height / divisor == b.height && a.out_width / divisor == b.width)
+        return;
+    std::ostringstream text;
+    text << "each layer reads what the one before puts out; got a layer of " << b.batch << "×" << b.in_channels << "×"
+         << b.height << "×" << b.width << " after one that puts out " << a.batch << "×" << a.out_channels << "×"
+         << a.out_height / divisor << "×" << a.out_width / divisor;
+    throw std::invalid_argument(text.str());
+}
+
+// A layer in a call: what it is, its tensors, and its statistics [G, C].
+template <class Float>
+struct Stage {
+    const ChainLayer& layer;
+    const LayerTensors& tensors;
+    std::int64_t groups;
+    Float *mean, *var, *scale, *shift;
+
+    std::int64_t channels() const { return layer.shape().out_channels; }
+    // What the convolution's raw output stands for.
+    PendingActivation pending(const void* stored) const {
+        return {stored, scale, shift, layer.negative_slope, layer.activation_first};
+    }
+    BatchNormShape norm_shape() const {
+        const ConvolutionShape& s = layer.shape();
+        return {s.dtype, rows_of(s), s.out_channels, groups, eps(), layer.negative_slope, layer.activation_first};
+    }
+    MaxPoolShape pool_shape() const {
+        const ConvolutionShape& s = layer.shape();
+        return {s.dtype, s.batch, s.out_height, s.out_width, s.out_channels, groups};
+    }
+    // Groups are told apart where the input or the output has statistics of each.
+    ConvolutionShape convolution_shape(bool grouped) const {
+        ConvolutionShape s = layer.shape();
+        s.groups = grouped ? groups : 1;
+        return s;
+    }
+    // Without a norm variance is 1, and nothing may be added to it.
+    float eps() const { return layer.norm == Norm::none ? 0.0f : layer.eps; }
+    ConvolutionWeight weight() const {
+        const auto& strides = layer.weight_strides;
+        return {tensors.weight, strides[0], strides[1], strides[2], strides[3]};
+    }
+};
+
+// Calls take(stage) for each layer in order.
+template <class Float, class Take>
+void for_each_stage(const std::vector<ChainLayer>& layers, const LayerTensors* tensors, std::int64_t groups,
+                    Float* statistics, Take take) {
+    for (std::size_t i = 0; i < layers.size(); ++i) {
+        const std::int64_t row = groups * layers[i].shape().out_channels;
+        take(Stage<Float>{layers[i], tensors[i], groups, statistics, statistics + row, statistics + 2 * row,
+                          statistics + 3 * row});
+        statistics += 4 * row;
+    }
+}
+
+// Statistics that are given, or those that leave values as they are, and the coefficients they make.
+void set_fixed_statistics(const Stage<float>& stage) {
+    const std::int64_t channels = stage.channels();
+    const bool given = stage.layer.norm == Norm::fixed;
+    for (std::int64_t group = 0; group < stage.groups; ++group) {
+        float *const mean = stage.mean + group * channels, *const var = stage.var + group * channels;
+        for (std::int64_t c = 0; c < channels; ++c) {
+            mean[c] = given ? stage.tensors.running_mean[c] : 0.0f;
+            var[c] = given ? stage.tensors.running_var[c] : 1.0f;
+        }
+    }
+    batch_norm_coefficients({channels, stage.groups, stage.eps(), stage.tensors.bn_weight, stage.tensors.bn_bias,
+                             stage.mean, stage.var, stage.scale, stage.shift});
+}
+
+// Memory for values that do not outlast a call: as many buffers as are in use at a time.
+class Buffers {
+  public:
+    Buffers(int count, std::int64_t bytes)
+        : count_(count),
+          bytes_(Workspace::padded(static_cast<std::size_t>(bytes))),
+          workspace_(static_cast<std::size_t>(count) * bytes_) {
+        first_ = static_cast<char*>(workspace_.take(static_cast<std::size_t>(count) * bytes_));
+    }
+    // One that is none of those in use.
+    void* other_than(const void* a, const void* b = nullptr) const {
+        for (int i = 0; i < count_; ++i) {
+            char* const buffer = first_ + static_cast<std::size_t>(i) * bytes_;
+            if (buffer != a && buffer != b) return buffer;
+        }
+        throw std::logic_error("more buffers in use than there are");
+    }
+
+  private:
+    int count_;
+    std::size_t bytes_;
+    Workspace workspace_;
+    char* first_;
+};
+
+// Memory for numbers per channel.
+class Floats {
+  public:
+    explicit Floats(std::int64_t count)
+        : workspace_(Workspace::padded(static_cast<std::size_t>(count) * sizeof(float))),
+          first_(static_cast<float*>(workspace_.take(static_cast<std::size_t>(count) * sizeof(float)))) {}
+    float* first() const { return first_; }
+
+  private:
+    Workspace workspace_;
+    float* first_;
+};
+
+// Whether a layer's activation is written at once, where no backward pass follows.
+bool can_activate(const ChainLayer& layer) {
+    return layer.norm != Norm::batch && !layer.max_pool && !layer.is_bare();
+}
+
+// What layers leave for the next one: of one that pools, raw values beside what was pooled before and after.
+Buffers forward_buffers(const std::vector<ChainLayer>& layers) {
+    std::int64_t largest = 0;
+    int count = 0;
+    for (const ChainLayer& layer : layers) {
+        if (&layer == &layers.back() && (layer.is_bare() || can_activate(layer))) break;  // it is the output
+        largest = std::max(largest, stored_bytes(layer));
+        count = std::max(count, layers.size() == 1 ? 1 : layer.max_pool ? 3 : 2);
+    }
+    return Buffers(count, largest);
+}
+
+}  // namespace
+
+Chain::Chain(std::vector<ChainLayer> layers, std::int64_t groups) : layers_(std::move(layers)), groups_(groups) {
+    if (layers_.empty()) throw std::invalid_argument("a chain has at least one layer; got none");
+    for (ChainLayer& layer : layers_) {
+        if (!layer.forward) throw std::invalid_argument("every layer has a convolution forward");
+        if (layer.norm == Norm::none) layer.activation_first = false;  // there is nothing that it could come before
+    }
+    for (std::size_t i = 1; i < layers_.size(); ++i) require_fit(layers_[i - 1], layers_[i]);
+    if (groups < 1 || first().batch % groups)
+        throw std::invalid_argument("groups must divide the batch of " + std::to_string(first().batch) + "; got " +
+                                    std::to_string(groups));
+}
+
+std::int64_t Chain::statistics_floats() const {
+    std::int64_t count = 0;
+    for (const ChainLayer& layer : layers_) count += 4 * groups_ * layer.shape().out_channels;
+    return count;
+}
+
+void Chain::forward(const ChainForward& call, int threads) const {
+    const bool kept = call.statistics != nullptr;
+    const Buffers buffers = kept ? Buffers(0, 0) : forward_buffers(layers_);
+    const Floats scratch(kept ? 0 : statistics_floats());
+    std::vector<std::uint8_t> winners;  // that nobody will ask for
+
+    PendingActivation before{call.input, nullptr, nullptr, 1.0f, false};
+    for_each_stage(layers_, call.layers, groups_, kept ? call.statistics : scratch.first(), [&](Stage<float> stage) {
+        const ChainLayer& layer = stage.layer;
+        const LayerTensors& tensors = stage.tensors;
+        const bool last = &layer == &layers_.back();
+        const void* const residual = last ? call.residual : nullptr;
+        const bool is_output = last && layer.is_bare();
+        const bool activates = !kept && can_activate(layer);
+        void* const output = last && (is_output || activates) ? call.output
+                             : kept                           ? tensors.stored
+                                                              : buffers.other_than(before.stored);
+        ConvolutionForward args{};
+        args.shape = stage.convolution_shape(before.scale || layer.norm == Norm::batch);
+        args.input = before;
+        args.weight = stage.weight();
+        args.bias = tensors.bias;
+        args.output = output;
+        if (layer.norm == Norm::batch) {
+            args.statistics = {tensors.bn_weight,
+                               tensors.bn_bias,
+                               layer.eps,
+                               layer.activation_first,
+                               layer.negative_slope,
+                               tensors.running_mean,
+                               tensors.running_var,
+                               tensors.momentum,
+                               stage.mean,
+                               stage.var,
+                               stage.scale,
+                               stage.shift};
+            if (tensors.batches) *tensors.batches += groups_;
+        } else {
+            set_fixed_statistics(stage);
+            if (activates) args.activation = stage.pending(residual);
+        }
+        layer.forward->forward(args, threads);
+        before = activates ? PendingActivation{output, nullptr, nullptr, 1.0f, false} : stage.pending(output);
+        if (layer.max_pool) {
+            void* const pooled = last ? call.output : kept ? tensors.pooled : buffers.other_than(output);
+            if (!tensors.winners) winners.resize(static_cast<std::size_t>(pooled_pixels(layer)));
+            max_pool_forward({stage.pool_shape(), before, pooled, tensors.winners ? tensors.winners : winners.data()},
+                             threads);
+            before = {pooled, nullptr, nullptr, 1.0f, false};
+        } else if (last && !is_output && !activates) {
+            batch_norm_leaky_relu_forward({stage.norm_shape(), output, tensors.bn_weight, tensors.bn_bias, false,
+                                           stage.mean, stage.var, nullptr, nullptr, 0.0f, residual, call.output},
+                                          threads);
+        }
+    });
+}
+
+void Chain::backward(const ChainBackward& call, int threads) const {
+    const auto count = layers_.size();
+    std::size_t first = 0;
+    if (!call.grad_input)
+        while (first + 1 < count && !call.gradients[first].any()) ++first;
+    std::vector<Stage<const float>> stages;
+    stages.reserve(count);
+    for_each_stage(layers_, call.layers, groups_, call.statistics,
+                   [&](const Stage<const float>& stage) { stages.push_back(stage); });
+    std::int64_t largest = 0, channels = 0;
+    for (const ChainLayer& layer : layers_) {
+        largest = std::max(largest, stored_bytes(layer));
+        channels = std::max(channels, layer.shape().out_channels);
+    }
+    const Buffers buffers(2, largest);
+    const Floats floats((2 * groups_ + 2) * channels);
+    float *const sum = floats.first(), *const sum_deviation = sum + groups_ * channels;
+    float *const unwanted_weight = sum_deviation + groups_ * channels, *const unwanted_bias =
+                                                                           unwanted_weight + channels;
+
+    void* gradient = nullptr;  // of what the layer puts out; for one that does not pool, with the sums
+    for (std::size_t i = count; i-- > first;) {
+        const Stage<const float>& stage = stages[i];
+        const ChainLayer& layer = stage.layer;
+        const LayerTensors& tensors = stage.tensors;
+        const LayerGradients& wanted = call.gradients[i];
+        const ConvolutionShape& shape = layer.shape();
+        const bool last = i + 1 == count, training = layer.norm == Norm::batch;
+        float* const of_bn_weight = wanted.bn_weight ? wanted.bn_weight : unwanted_weight;
+        float* const of_bn_bias = wanted.bn_bias ? wanted.bn_bias : unwanted_bias;
+
+        // The gradient of the convolution's raw output, and those of γ and β.
+        const void* raw;
+        bool bias_is_known = layer.norm == Norm::none && !(last && layer.is_bare());  // it is β's
+        if (last && layer.is_bare()) {
+            raw = call.grad_output;
+        } else if (layer.max_pool) {
+            void* const result = buffers.other_than(gradient);
+            max_pool_backward(
+                {stage.pool_shape(), stage.pending(tensors.stored), last ? call.grad_output : gradient, tensors.winners,
+                 training, stage.eps(), tensors.bn_weight, stage.mean, stage.var, result, of_bn_weight, of_bn_bias},
+                threads);
+            raw = result;
+        } else if (last) {
+            void* const result = buffers.other_than(nullptr);
+            const void* side = call.grad_residual && !call.output ? call.grad_output : call.output;
+            batch_norm_leaky_relu_backward({stage.norm_shape(), call.grad_output, tensors.stored, tensors.bn_weight,
+                                            tensors.bn_bias, stage.mean, stage.var, training, result, of_bn_weight,
+                                            of_bn_bias, call.grad_residual ? side : nullptr, call.grad_residual},
+                                           threads);
+            raw = result;
+        } else {
+            if (layer.norm == Norm::none) {
+                std::fill_n(of_bn_bias, shape.out_channels, 0.0f);
+                for (std::int64_t at = 0; at < groups_ * shape.out_channels; ++at)
+                    of_bn_bias[at % shape.out_channels] += sum[at];
+            } else {
+                settle_pending_gradient(
+                    {shape.dtype, rows_of(shape), shape.out_channels, groups_, layer.eps, layer.negative_slope,
+                     layer.activation_first, training, gradient, tensors.stored, tensors.bn_weight, stage.mean,
+                     stage.var, sum, sum_deviation, of_bn_weight, of_bn_bias},
+                    threads);
+            }
+            raw = gradient;
+        }
+        if (wanted.bias) {
+            if (training && !layer.activation_first)  // subtracting the mean cancels a bias
+                std::fill_n(wanted.bias, shape.out_channels, 0.0f);
+            else if (bias_is_known)
+                std::copy_n(of_bn_bias, shape.out_channels, wanted.bias);
+            else
+                channel_sums({shape.dtype, rows_of(shape), shape.out_channels, raw, wanted.bias}, threads);
+        }
+
+        // The gradients of the convolution's weight and input.
+        const Stage<const float>* const previous = i > 0 ? &stages[i - 1] : nullptr;
+        const bool pending = previous && !previous->layer.max_pool;
+        const PendingActivation before = pending ? previous->pending(previous->tensors.stored)
+                                                 : PendingActivation{previous ? previous->tensors.pooled : call.input,
+                                                                     nullptr, nullptr, 1.0f, false};
+        const ConvolutionShape grouped = stage.convolution_shape(pending);
+        const ConvolutionWeight weight = stage.weight();
+        if (wanted.weight) {
+            if (!layer.backward_weight)
+                throw std::invalid_argument("a weight's gradient is asked for, but not made here");
+            layer.backward_weight->backward_weight({grouped, before, raw, wanted.weight, weight}, threads);
+        }
+        if (i == first && !call.grad_input) break;
+        if (!layer.backward_input) throw std::invalid_argument("an input's gradient is asked for, but not made here");
+        gradient = i == 0 ? call.grad_input : buffers.other_than(raw);
+        layer.backward_input->backward_input({grouped, raw, weight, before, pending ? previous->mean : nullptr,
+                                              gradient, pending ? sum : nullptr, pending ? sum_deviation : nullptr},
+                                             threads);
+    }
+}
+
+}  // namespace ganvas::cpu

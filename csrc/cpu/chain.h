@@ -1,0 +1,89 @@
+// A chain of layers in one call: convolutions, each with a norm, an activation and pooling after it, or without. What
+// one layer hands the next is a pending activation, and backward a pending gradient.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "convolutions.h"
+
+namespace ganvas::cpu {
+
+// `fixed`: mean and variance are given. Numbers are those of the enumeration in Python.
+enum class Norm { none, fixed, batch, count };
+
+struct ChainLayer {
+    std::shared_ptr<const Convolution> forward;
+    std::shared_ptr<const Convolution> backward_input;   // null: no gradient goes that way here
+    std::shared_ptr<const Convolution> backward_weight;  // likewise
+    std::array<std::int64_t, 4> weight_strides;          // of the output's channels, the input's, rows and columns
+    Norm norm;
+    float eps, negative_slope;
+    bool activation_first;
+    bool max_pool;  // 2×2, with stride 2
+
+    const ConvolutionShape& shape() const { return forward->shape; }
+    // Whether nothing follows the convolution.
+    bool is_bare() const { return norm == Norm::none && negative_slope == 1.0f && !max_pool; }
+};
+
+// A layer's tensors. Of pixels: [N, H, W, C] of the chain's dtype.
+struct LayerTensors {
+    const float* weight;
+    const float* bias;                  // [Co] or null
+    const float *bn_weight, *bn_bias;   // [Co] or null
+    float *running_mean, *running_var;  // [Co] or null: moved with batch statistics, given with fixed ones
+    float momentum;
+    std::int64_t* batches;  // or null: counts the groups whose statistics were taken
+    void* stored;           // the convolution's output; null: not kept
+    void* pooled;           // of a layer that pools: what it hands the next; null: not kept, or the output
+    std::uint8_t* winners;  // likewise, like the pooled pixels: which of each four; null: not kept
+};
+
+// Where a layer's gradients go; null where they are not wanted.
+struct LayerGradients {
+    float *weight, *bias, *bn_weight, *bn_bias;
+
+    bool any() const { return weight || bias || bn_weight || bn_bias; }
+};
+
+struct ChainForward {
+    const void* input;           // [N, H, W, C]
+    const void* residual;        // like the output, or null: added before the last layer's activation
+    float* statistics;           // Chain::statistics_floats(); null: not kept
+    void* output;                // the last layer's activation, pooled if it pools
+    const LayerTensors* layers;  // of those before the last all are kept, or none
+};
+
+struct ChainBackward {
+    const void* grad_output;
+    const void* input;
+    const void* output;       // what forward wrote, where a residual was added
+    const float* statistics;  // what forward left
+    void* grad_input;         // null: not wanted
+    void* grad_residual;      // null: there was none
+    const LayerTensors* layers;
+    const LayerGradients* gradients;
+};
+
+class Chain {
+  public:
+    // Throws std::invalid_argument where the layers do not fit each other.
+    Chain(std::vector<ChainLayer> layers, std::int64_t groups);
+
+    const std::vector<ChainLayer>& layers() const { return layers_; }
+    const ConvolutionShape& first() const { return layers_.front().shape(); }
+    // Of each layer mean, variance, scale and shift: [4, G, C].
+    std::int64_t statistics_floats() const;
+
+    void forward(const ChainForward& call, int threads) const;
+    void backward(const ChainBackward& call, int threads) const;
+
+  private:
+    std::vector<ChainLayer> layers_;
+    std::int64_t groups_;
+};
+
+}  // namespace ganvas::cpu

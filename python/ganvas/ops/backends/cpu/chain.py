@@ -1,0 +1,219 @@
+"""Chains of which every convolution is native, in one call forward and one backward (csrc/cpu/chain.h)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ganvas import _native as native
+from ganvas.ops.backends.arguments import address, float32, pixel_strides, to_dtype
+from ganvas.ops.backends.cpu.arguments import empty, empty_pixels
+from ganvas.ops.backends.cpu.convolution import chosen_convolution
+from ganvas.ops.backends.cpu.kernels import NativeConvolution
+from ganvas.ops.backends.trial import Direction
+from ganvas.ops.direct import is_float32
+from ganvas.ops.layers import Gradients, Layer, Tensors, by_layer
+
+_NORMS = {None: native.Norm.none, False: native.Norm.fixed, True: native.Norm.batch}
+
+Kept = list[Tensor | None]
+"""For backward, of each layer: the convolution's output (None: it is the chain's), what was pooled of it (None: it is
+the chain's output, or nothing), and which of each four that was, uint8 (None: nothing)."""
+
+_PARAMETERS, _KEPT = len(Tensors._fields), 3
+
+
+class NativeChain:
+    """The layers of a chain for inputs of one shape. It is good as long as its tensors are of the same layout."""
+
+    def __init__(
+        self, layers: Sequence[Layer], convolutions: Sequence[NativeConvolution], input: torch.Size, dtype: torch.dtype,
+        groups: int,
+    ) -> None:  # fmt: skip
+        self._layers, self._convolutions = layers, convolutions
+        self._dtype, self._groups = dtype, groups
+        self._inputs, self._pooled = [], []
+        for layer, convolution in zip(layers, convolutions):
+            self._inputs.append(input)
+            self._pooled.append(layer.pooled_shape(convolution.output_shape) if layer.max_pool else None)
+            input = self._pooled[-1] or convolution.output_shape
+        self._output = input
+        self._forward = self._chain([None] * len(layers), [None] * len(layers))
+        self._backward: dict[tuple[bool, ...], native.Chain | None] = {}
+        self._statistics = self._forward.statistics_floats
+        self._float32 = all(map(_reads_directly, (layer.tensors for layer in layers)))
+
+    def forward(
+        self,
+        input: Tensor,  # channels_last
+        residual: Tensor | None,  # likewise
+        parameters: Sequence[Tensor | None],  # of each layer Tensors
+        moving: Sequence[Tensor | None],  # of each layer running mean, running variance and count of batches
+        keep: bool,
+    ) -> tuple[Tensor, Kept, Tensor | None]:
+        """The chain's result; if ``keep`` what :meth:`backward` needs: tensors of the layers, and their statistics."""
+        parameters = self._as_float32(parameters)
+        output, kept, statistics = empty_pixels(self._output, self._dtype), [], None
+        if keep:
+            statistics = empty(self._statistics)
+            for layer, convolution, pooled in zip(self._layers, self._convolutions, self._pooled):
+                last = layer is self._layers[-1]
+                kept.append(None if last and layer.is_bare else convolution.output())
+                kept.append(None if last or pooled is None else empty_pixels(pooled, self._dtype))
+                kept.append(None if pooled is None else empty_pixels(pooled, torch.uint8))
+        self._forward.forward(
+            input.data_ptr(), address(residual), _addresses(parameters), _addresses(moving),
+            [layer.momentum for layer in self._layers], _addresses(kept), address(statistics), output.data_ptr(),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return output, kept, statistics
+
+    def backward(
+        self,
+        grad_output: Tensor,  # channels_last
+        input: Tensor,  # likewise
+        output: Tensor | None,  # likewise; None without a residual, or where its kink is none
+        parameters: Sequence[Tensor | None],
+        kept: Kept,
+        statistics: Tensor,
+        has_residual: bool,
+        wants_input: bool,
+        wanted: Sequence[bool],
+    ) -> Gradients | None:
+        """None where a convolution of torch's is the faster one.
+
+        Also None where tensors came back from autograd in another memory layout than they had.
+        """
+        key = (wants_input, *wanted)
+        if key not in self._backward:
+            self._backward[key] = self._backward_chain(wants_input, wanted)
+        chain = self._backward[key]
+        if chain is None or not self._lie_as_they_did(input, output, parameters, kept):
+            return None
+        grad_input = torch.empty_like(input) if wants_input else None
+        grad_residual = torch.empty_like(grad_output) if has_residual else None
+        gradients = [
+            torch.empty_like(tensor, dtype=torch.float32) if want and tensor is not None else None
+            for tensor, want in zip(parameters, wanted)
+        ]
+        read = self._as_float32(parameters)
+        chain.backward(
+            grad_output.data_ptr(), input.data_ptr(), address(output), _addresses(read), _addresses(kept),
+            statistics.data_ptr(), address(grad_input), address(grad_residual), _addresses(gradients),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        if not self._float32:
+            gradients = [
+                gradient if gradient is None or tensor is None else to_dtype(gradient, tensor.dtype)
+                for gradient, tensor in zip(gradients, parameters)
+            ]
+        return Gradients(grad_input, grad_residual, gradients)
+
+    @property
+    def kept_count(self) -> int:
+        """Of the tensors that are kept for backward, beside the statistics."""
+        return _KEPT * len(self._layers)
+
+    def with_statistics(self, kept: Kept, statistics: Tensor) -> Kept:
+        """Of each layer what was stored; scale, shift, mean and variance, (G, C); what was pooled, and the winners."""
+        rows: Kept = []
+        begin = 0
+        for i, convolution in enumerate(self._convolutions):
+            channels = convolution.output_shape[1]
+            end = begin + 4 * self._groups * channels
+            mean, var, scale, shift = statistics[begin:end].view(4, self._groups, channels).unbind()
+            stored, pooled, winners = kept[_KEPT * i :][:_KEPT]
+            rows += [stored, scale, shift, mean, var, pooled, winners]
+            begin = end
+        return rows
+
+    def _chain(
+        self, backward_input: Sequence[NativeConvolution | None], backward_weight: Sequence[NativeConvolution | None]
+    ) -> native.Chain:
+        return native.Chain(
+            [
+                (
+                    convolution.native, _native(into), _native(of_weight),
+                    convolution.strides(layer.weight), _NORMS[layer.batch_statistics], layer.eps, layer.negative_slope,
+                    layer.activation_first, layer.max_pool,
+                )
+                for layer, convolution, into, of_weight in zip(
+                    self._layers, self._convolutions, backward_input, backward_weight
+                )
+            ],
+            self._groups,
+        )  # fmt: skip
+
+    def _backward_chain(self, wants_input: bool, wanted: Sequence[bool]) -> native.Chain | None:
+        first = 0 if wants_input else next((i // _PARAMETERS for i, want in enumerate(wanted) if want), 0)
+        into: list[NativeConvolution | None] = []
+        of_weight: list[NativeConvolution | None] = []
+        for i in range(len(self._layers)):
+            for kernels, direction, wants in (
+                (into, "backward_input", i > first or (wants_input and i == 0)),
+                (of_weight, "backward_weight", wanted[_PARAMETERS * i]),
+            ):
+                kernel = self._chosen(i, direction) if wants else None  # type: ignore[arg-type]
+                if wants and kernel is None:
+                    return None
+                kernels.append(kernel)
+        dense = all(torch.empty_like(layer.weight).stride() == layer.weight.stride() for layer in self._layers)
+        return self._chain(into, of_weight) if dense else None
+
+    def _chosen(self, i: int, direction: Direction) -> NativeConvolution | None:
+        layer = self._layers[i]
+        return chosen_convolution(layer.geometry, layer.weight, self._inputs[i], self._dtype, direction, layer.backend)
+
+    def _as_float32(self, parameters: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        if self._float32:
+            return parameters
+        return [tensor for own in by_layer(parameters) for tensor in (own.weight.float(), *map(float32, own[1:]))]
+
+    def _lie_as_they_did(
+        self, input: Tensor, output: Tensor | None, parameters: Sequence[Tensor | None], kept: Kept
+    ) -> bool:
+        """Whether tensors that autograd saved are as they were: hooks may bring others in their place."""
+        for pixels in (input, output, *kept):
+            if pixels is not None and pixels.stride() != pixel_strides(pixels.shape):
+                return False
+        for own, layer in zip(by_layer(parameters), self._layers):
+            if own.weight.stride() != layer.weight.stride():
+                return False
+            for values in own[1:]:
+                if self._float32 and values is not None and not values.is_contiguous():
+                    return False
+        return True
+
+
+def native_chain(layers: Sequence[Layer], input: torch.Size, dtype: torch.dtype, groups: int) -> NativeChain | None:
+    """For inputs of this shape; None where the layers have to be run one by one.
+
+    That is where torch's convolution is the faster one forward, or statistics lie where no kernel writes.
+    """
+    convolutions, shape = [], input
+    for layer in layers:
+        if any(values is not None and not is_float32(values) for values in (layer.running_mean, layer.running_var)):
+            return None
+        convolution = chosen_convolution(
+            layer.geometry, layer.weight, shape, dtype, layer.forward_direction, layer.backend
+        )
+        if convolution is None:
+            return None
+        convolutions.append(convolution)
+        shape = layer.output_shape(shape)
+    return NativeChain(layers, convolutions, input, dtype, groups)
+
+
+def _reads_directly(tensors: Tensors) -> bool:
+    weight, *values = tensors
+    return weight.dtype is torch.float32 and all(value is None or is_float32(value) for value in values)
+
+
+def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
+def _native(convolution: NativeConvolution | None) -> native.Convolution | None:
+    return None if convolution is None else convolution.native
