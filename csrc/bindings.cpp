@@ -188,13 +188,32 @@ void batch_norm_add_leaky_relu_backward_(Dtype dtype, std::int64_t rows, std::in
 
 using Strides = std::array<std::int64_t, 4>;
 
+ConvolutionShape convolution_shape(Dtype dtype, bool integers, const Strides& input_shape, std::int64_t out_channels) {
+    require_cpu_dtype(dtype);
+    const auto [batch, channels, height, width] = input_shape;
+    return {dtype, integers, batch, height, width, 0, 0, channels, out_channels, 0, 1, {}, {}, false};
+}
+
 std::shared_ptr<Convolution> make_convolution(ConvolutionKind kind, Dtype dtype, bool integers,
                                               const Strides& input_shape, std::int64_t out_channels,
                                               std::int64_t padding) {
-    require_cpu_dtype(dtype);
-    const auto [batch, channels, height, width] = input_shape;
-    return std::make_shared<Convolution>(
-        kind, ConvolutionShape{dtype, integers, batch, height, width, 0, 0, channels, out_channels, padding, 1});
+    require(kind != ConvolutionKind::direct, "Convolution.direct makes a direct one");
+    ConvolutionShape shape = convolution_shape(dtype, integers, input_shape, out_channels);
+    shape.padding = padding;
+    return std::make_shared<Convolution>(kind, shape);
+}
+
+using Pair = std::array<std::int64_t, 2>;
+
+std::shared_ptr<Convolution> make_direct_convolution(Dtype dtype, bool integers, const Strides& input_shape,
+                                                     std::int64_t out_channels, const Pair& kernel, const Pair& stride,
+                                                     const Pair& padding, const Pair& dilation,
+                                                     const Pair& output_padding, bool transposed) {
+    ConvolutionShape shape = convolution_shape(dtype, integers, input_shape, out_channels);
+    shape.rows = {kernel[0], stride[0], padding[0], dilation[0], output_padding[0]};
+    shape.columns = {kernel[1], stride[1], padding[1], dilation[1], output_padding[1]};
+    shape.transposed = transposed;
+    return std::make_shared<Convolution>(ConvolutionKind::direct, shape);
 }
 
 ConvolutionShape with_groups(const Convolution& convolution, std::int64_t groups) {
@@ -774,8 +793,7 @@ PYBIND11_MODULE(_native, module, py::mod_gil_not_used()) {
                               {"wgan", GanLoss::wgan},
                               {"relativistic", GanLoss::relativistic}});
     add_enumeration<ConvolutionKind>(module, "ConvolutionKind",
-                                     {{"conv1x1", ConvolutionKind::conv1x1},
-                                      {"conv1x1_stride2", ConvolutionKind::conv1x1_stride2},
+                                     {{"direct", ConvolutionKind::direct},
                                       {"conv3x3", ConvolutionKind::conv3x3},
                                       {"conv4x4", ConvolutionKind::conv4x4},
                                       {"conv_transpose4x4", ConvolutionKind::conv_transpose4x4},
@@ -792,6 +810,7 @@ PYBIND11_MODULE(_native, module, py::mod_gil_not_used()) {
     module.def("batch_norm_add_leaky_relu_backward", batch_norm_add_leaky_relu_backward_, without_gil);
     py::class_<Convolution, std::shared_ptr<Convolution>>(module, "Convolution", "a convolution of inputs of one shape")
         .def(py::init(&make_convolution))
+        .def_static("direct", &make_direct_convolution)
         .def_property_readonly("output_shape",
                                [](const Convolution& c) {
                                    const ConvolutionShape& s = c.shape;

@@ -8,6 +8,11 @@
 
 namespace ganvas::cpu {
 
+// A kernel along one axis.
+struct KernelAxis {
+    std::int64_t size, stride, padding, dilation, output_padding;
+};
+
 struct ConvolutionShape {
     Dtype dtype;    // of every tensor of pixels; weights and per-channel values are float32
     bool integers;  // products may be coarser: of 16-bit integers (winograd_factors.h), or of bfloat16 numbers
@@ -17,6 +22,9 @@ struct ConvolutionShape {
     std::int64_t in_channels, out_channels;  // Ci, Co
     std::int64_t padding;                    // zeros around the activation
     std::int64_t groups;                     // G
+    // Of the direct kernels, which take any:
+    KernelAxis rows, columns;
+    bool transposed;
 };
 
 // An activation that was never written: lrelu(scale*y + shift), or scale*lrelu(y) + shift if the activation comes

@@ -1,6 +1,6 @@
-// What the convolutions have in common: pending activations as they are loaded, pixels as they are stored, and the sums
-// that are kept of them. Sums are taken of parts, each a number of pixels of one group, and joined in order. Included
-// by kernel sources only.
+// What the convolutions have in common: maps and pending activations as they are loaded, pixels as they are stored, and
+// the sums that are kept of them. Sums are taken of parts, each a number of pixels of one group, and joined in order.
+// Included by kernel sources only.
 #pragma once
 
 #include "convolution.h"
@@ -25,6 +25,23 @@ template <Activation kind>
     return kind == Activation::identity ? y
                                         : pending_activation<kind == Activation::kink_affine>(y, scale, shift, leaky);
 }
+
+// Pixels that are read: [images, height, width, channels].
+struct Source {
+    PendingActivation pixels;
+    Index height, width, channels;
+    Index group_images;
+
+    template <class T>
+    const T* image(Index index) const {
+        return static_cast<const T*>(pixels.stored) + index * height * width * channels;
+    }
+    Index per_channel(Index image) const { return image / group_images * channels; }
+};
+
+struct Pixel {
+    Index row, column;
+};
 
 // What happens to an output value before it is stored, and which sums are kept of it.
 enum class Output { plain, statistics, activation_statistics, activated, activated_first, affine_kink, kink_affine };

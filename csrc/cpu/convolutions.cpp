@@ -1,6 +1,7 @@
 // The part that is compiled once: what each kind of convolution is computed by, and the choice of instruction set.
 #include "convolutions.h"
 
+#include <algorithm>
 #include <sstream>
 #include <stdexcept>
 
@@ -15,7 +16,7 @@ constexpr float odd_rows[4][3] = {{0, 0, 0}, {1, 0, 0}, {0, 1, 0}, {0, 0, 1}};  
 constexpr float pooled_rows[4][3] = {{0.5, 0, 0}, {0.5, 0.5, 0}, {0, 0.5, 0.5}, {0, 0, 0.5}};
 constexpr float upsampled_rows[4][3] = {{0, 0, 1}, {0, 1, 1}, {1, 1, 0}, {1, 0, 0}};
 
-enum class Family { conv1x1, winograd, winograd_stride2, winograd_stride2_transposed };
+enum class Family { direct, winograd, winograd_stride2, winograd_stride2_transposed };
 
 struct Form {
     Family family;
@@ -40,7 +41,7 @@ Form form_of(ConvolutionKind kind) {
         case ConvolutionKind::upsample2_conv3x3:
             return {Family::winograd_stride2_transposed, upsampled_rows};
         default:
-            return {Family::conv1x1};
+            return {Family::direct};
     }
 }
 
@@ -52,7 +53,9 @@ void require(bool holds, const Parts&... message) {
     throw std::invalid_argument(text.str());
 }
 
-std::int64_t output_length(ConvolutionKind kind, std::int64_t length, std::int64_t padding) {
+std::int64_t output_length(ConvolutionKind kind, const ConvolutionShape& s, std::int64_t length,
+                           const KernelAxis& axis) {
+    const std::int64_t padding = s.padding + form_of(kind).begins_early;
     switch (form_of(kind).family) {
         case Family::winograd:
             return length + 2 * padding - 2;
@@ -60,15 +63,26 @@ std::int64_t output_length(ConvolutionKind kind, std::int64_t length, std::int64
             return length + 2 * padding < 4 ? 0 : (length + 2 * padding - 4) / 2 + 1;
         case Family::winograd_stride2_transposed:
             return 2 * (length - 1) - 2 * padding + 4;
-        default:
-            return kind == ConvolutionKind::conv1x1 ? length : (length + 1) / 2;
+        default: {
+            const std::int64_t reach = axis.dilation * (axis.size - 1) - 2 * axis.padding;
+            if (s.transposed) return (length - 1) * axis.stride + reach + axis.output_padding + 1;
+            return length <= reach ? 0 : (length - reach - 1) / axis.stride + 1;
+        }
     }
 }
 
-void require_padding(ConvolutionKind kind, const ConvolutionShape& s) {
+void require_axis(const KernelAxis& axis) {
+    require(axis.size >= 1 && axis.stride >= 1 && axis.dilation >= 1 && axis.padding >= 0 && axis.output_padding >= 0,
+            "kernel, stride and dilation must be at least 1, paddings at least 0; got ", axis.size, ", ", axis.stride,
+            ", ", axis.dilation, ", ", axis.padding, " and ", axis.output_padding);
+}
+
+void require_geometry(ConvolutionKind kind, const ConvolutionShape& s) {
     const Form form = form_of(kind);
-    if (form.family == Family::conv1x1)
-        return require(s.padding == 0, "a 1×1 kernel's padding must be 0; got ", s.padding);
+    if (form.family == Family::direct) {
+        require_axis(s.rows);
+        return require_axis(s.columns);
+    }
     require(s.padding >= 0 && s.padding <= 2, "padding must be 0, 1 or 2; got ", s.padding);
     require(!form.rows || s.padding == 1, "padding must be 1 here; got ", s.padding);
     const bool parity = kind == ConvolutionKind::conv3x3_odd;
@@ -87,13 +101,15 @@ std::int64_t output_bytes(const ConvolutionShape& s) {
 
 // Arithmetic outweighs memory here: each byte is worth as many threads as about in_channels + out_channels would be.
 int team(const ConvolutionShape& s, int threads) {
-    return team_size((input_bytes(s) + output_bytes(s)) * 8, threads);
+    const std::int64_t taps = std::max<std::int64_t>(9, s.rows.size * s.columns.size);
+    const std::int64_t weight_bytes = taps * s.in_channels * s.out_channels * 4;
+    return team_size((input_bytes(s) + output_bytes(s) + weight_bytes) * 8, threads);
 }
 
 #define DISPATCH_FAMILY(pass)                                   \
     switch (family) {                                           \
-        case Family::conv1x1:                                   \
-            GANVAS_DISPATCH(conv1x1_##pass)                     \
+        case Family::direct:                                    \
+            GANVAS_DISPATCH(direct_##pass)                      \
         case Family::winograd:                                  \
             GANVAS_DISPATCH(winograd_##pass)                    \
         case Family::winograd_stride2:                          \
@@ -164,12 +180,11 @@ Convolution::Convolution(ConvolutionKind kind, const ConvolutionShape& s) : kind
             "batch and channels must be at least 1; got batch ", s.batch, ", channels ", s.in_channels, " and ",
             s.out_channels);
     require(s.height >= 1 && s.width >= 1, "the map must have pixels; got ", s.height, "×", s.width);
-    require_padding(kind, s);
-    const std::int64_t padding = s.padding + form_of(kind).begins_early;
-    shape.out_height = output_length(kind, s.height, padding);
-    shape.out_width = output_length(kind, s.width, padding);
+    require_geometry(kind, s);
+    shape.out_height = output_length(kind, s, s.height, s.rows);
+    shape.out_width = output_length(kind, s, s.width, s.columns);
     require(shape.out_height >= 1 && shape.out_width >= 1, "the output would be empty; got a map of ", s.height, "×",
-            s.width, " and padding ", s.padding);
+            s.width, " and padding ", kind == ConvolutionKind::direct ? s.rows.padding : s.padding);
     shape.groups = 1;
 }
 

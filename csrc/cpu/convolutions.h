@@ -1,13 +1,13 @@
-// The native convolutions. All but those of 1×1 kernels are computed by Winograd's F(4×4, 3×3) and F(4×4, 2×2), which
+// The native convolutions. Those named by their kernel are computed by Winograd's F(4×4, 3×3) and F(4×4, 2×2), which
 // need 2.25 and 1.56 multiplications per output and channel pair rather than 9 and 4 (Lavin & Gray 2016, "Fast
-// algorithms for convolutional neural networks").
+// algorithms for convolutional neural networks"). The direct ones take any kernel, stride, padding and dilation.
 //
 // A 3×3 convolution of stride 2, or before average pooling, or after nearest-neighbour upsampling, is a 4×4 convolution
 // of stride 2 (or its transpose) with the kernel M w Mᵀ, M a 4×3 matrix. The gradient of w is Mᵀ d M, d that of the
 // kernel.
 //
 // Where they may and the processor has AVX512-VNNI, Winograd's products are of 16-bit integers (winograd_factors.h),
-// whose error is less than that of rounding to bfloat16; those of 1×1 kernels are of bfloat16 numbers with AVX512-BF16.
+// whose error is less than that of rounding to bfloat16; direct products are of bfloat16 numbers with AVX512-BF16.
 #pragma once
 
 #include "convolution.h"
@@ -17,8 +17,7 @@ namespace ganvas::cpu {
 
 // By torch's names. Numbers are those of the enumeration in Python.
 enum class ConvolutionKind {
-    conv1x1,
-    conv1x1_stride2,
+    direct,
     conv3x3,            // stride 1, padding 0, 1 or 2
     conv4x4,            // stride 2, padding 0, 1 or 2
     conv_transpose4x4,  // likewise, without output padding
@@ -58,7 +57,7 @@ struct FoldedWeight {
     void name##_backward_weight(const ConvolutionBackwardWeight&, int threads);
 #define DECLARE(isa)                                                         \
     namespace isa {                                                          \
-    DECLARE_KERNELS(conv1x1)                                                 \
+    DECLARE_KERNELS(direct)                                                  \
     DECLARE_KERNELS(winograd)                                                \
     DECLARE_KERNELS(winograd_stride2)                                        \
     DECLARE_KERNELS(winograd_stride2_transposed)                             \

@@ -6,7 +6,7 @@
 namespace ganvas::cpu::GANVAS_ISA {
 
 // Vectors of a tile's row. Accumulators fill the vector registers, but for one broadcast and a row of b.
-#if defined(__AVX512F__)
+#if GANVAS_WIDE
 constexpr int tile_vectors = 4;
 template <int vectors>
 constexpr int tile_rows = vectors == 1 ? 12 : 24 / vectors;
@@ -33,7 +33,7 @@ struct Words {
     static void multiply_add(Values& sum, Values left, Values right) { sum += left * right; }
 };
 
-#if defined(__AVX512F__)
+#if GANVAS_WIDE
 struct Pairs {
     using Values = VectorInts;
     static Values load(const float* words) {
@@ -51,17 +51,13 @@ struct Pairs {
 template <>
 struct Words<Elements::int16_pairs> : Pairs {
     using Sums = VectorInts;
-    static void multiply_add(Sums& sum, Values left, Values right) {
-        asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(left), "v"(right));  // only where has_int16_products()
-    }
+    static void multiply_add(Sums& sum, Values left, Values right) { add_int16_products(sum, left, right); }
 };
 
 template <>
 struct Words<Elements::bfloat16_pairs> : Pairs {
     using Sums = Vector;
-    static void multiply_add(Sums& sum, Values left, Values right) {
-        asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(left), "v"(right));  // only where has_bfloat16_products()
-    }
+    static void multiply_add(Sums& sum, Values left, Values right) { add_bfloat16_products(sum, left, right); }
 };
 #endif
 

@@ -18,6 +18,13 @@ inline Index larger(Index a, Index b) {
 inline Index ceiling(Index a, Index b) {
     return (a + b - 1) / b;
 }
+inline Index clamped(Index value, Index least, Index most) {
+    return larger(least, smaller(value, most));
+}
+
+struct Span {
+    Index first, last;  // and not the last
+};
 
 // LeakyReLU. With slope 0 it is ReLU, also at -inf, where -inf*0 would be NaN.
 struct Leaky {

@@ -6,23 +6,6 @@
 
 namespace ganvas::cpu::GANVAS_ISA {
 
-// Pixels that are read: [images, height, width, channels].
-struct Source {
-    PendingActivation pixels;
-    Index height, width, channels;
-    Index group_images;
-
-    template <class T>
-    const T* image(Index index) const {
-        return static_cast<const T*>(pixels.stored) + index * height * width * channels;
-    }
-    Index per_channel(Index image) const { return image / group_images * channels; }
-};
-
-struct Pixel {
-    Index row, column;
-};
-
 // Numbers that the transform makes of a pixel's channels: a kernel of stride 2 is one of stride 1 on each of the four
 // phases of the image, pixels 2m + a, and their products add up. Phases lie side by side, one vector of channels after
 // the other.

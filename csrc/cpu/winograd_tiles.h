@@ -14,16 +14,8 @@ constexpr Index segment_limit = 12;  // tiles: the columns of one stay in the L1
 constexpr Index chunk_width = 64;    // words of a tile that lie side by side
 constexpr Index stagger = 16;        // floats between frequencies: streams a power of two apart would collide
 
-inline Index clamped(Index value, Index least, Index most) {
-    return larger(least, smaller(value, most));
-}
-
 struct Map {
     Index height, width;  // in pixels
-};
-
-struct Span {
-    Index first, last;  // and not the last
 };
 
 // The points that the last tile along an axis needs. Its outputs that exist begin with number `first`.

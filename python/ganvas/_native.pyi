@@ -124,8 +124,7 @@ def batch_norm_add_leaky_relu_backward(
 ) -> None: ...
 
 class ConvolutionKind(IntEnum):
-    conv1x1 = ...
-    conv1x1_stride2 = ...
+    direct = ...
     conv3x3 = ...
     conv4x4 = ...
     conv_transpose4x4 = ...
@@ -140,7 +139,7 @@ class Norm(IntEnum):
     batch = ...
 
 class Convolution:
-    """Of inputs (batch, channels, height, width) of one shape."""
+    """Of inputs (batch, channels, height, width) of one shape; by Winograd, where it is not direct."""
 
     def __init__(
         self,
@@ -152,6 +151,20 @@ class Convolution:
         padding: int,
         /,
     ) -> None: ...
+    @staticmethod
+    def direct(
+        dtype: Dtype,
+        integers: bool,
+        input_shape: Sequence[int],
+        out_channels: int,
+        kernel: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        output_padding: Sequence[int],
+        transposed: bool,
+        /,
+    ) -> Convolution: ...
     @property
     def output_shape(self) -> tuple[int, int, int, int]: ...
     def forward(

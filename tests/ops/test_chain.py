@@ -50,7 +50,7 @@ def three_layers(**options) -> list[Layer]:
     torch.manual_seed(0)
     return [
         layer(16, 24, bias=True, **options),
-        layer(24, 16, "5x5", activation_first=True, **options),
+        layer(24, 16, "grouped", activation_first=True, **options),
         layer(16, 20, norm=None, bias=True, **options),
     ]
 

@@ -295,24 +295,6 @@ def test_what_triton_does_not_take_is_torchs(measured):
     assert measured == []
 
 
-@pytest.mark.parametrize(
-    ("geometry", "size", "name"),
-    [
-        (Geometry(), (1, 1), "conv1x1"),
-        (Geometry(stride=(2, 2), padding=(1, 1)), (4, 4), "conv4x4_stride2_padding1"),
-        (
-            Geometry(stride=(2, 2), transposed=True, output_padding=(1, 0)),
-            (4, 4),
-            "conv_transpose4x4_stride2_output_padding1x0",
-        ),
-        (Geometry(padding=(1, 1), upsampled=True), (3, 3), "upsample2_conv3x3_padding1"),
-        (Geometry(padding=(2, 0), dilation=(2, 2)), (3, 5), "conv3x5_padding2x0_dilation2"),
-    ],
-)
-def test_names(geometry, size, name):
-    assert convolution._name(geometry, torch.Size((1, 1, *size))) == name
-
-
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("op", steps_on_gpu.steps_on_gpu)
 def test_a_step_is_measured_in_whatever_mode_an_op_is_called_first(monkeypatch, tmp_path, op, mode):

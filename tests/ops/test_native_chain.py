@@ -184,7 +184,7 @@ def test_torchs_convolution_may_be_the_faster_one_backward(monkeypatch, calls, d
 
 
 def test_a_convolution_of_torchs_forward_leaves_the_chain_to_python(calls):
-    layers = [layer(16, 24), layer(24, 16, "5x5"), layer(16, 16)]
+    layers = [layer(16, 24), layer(24, 16, "grouped"), layer(16, 16)]
     conv_bn_leaky_relu_chain(image(), layers)
     assert calls == []
 

@@ -7,7 +7,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 pytest.importorskip("ganvas._native")
 
+from ganvas._native import ConvolutionKind
 from ganvas.ops import conv_bn_leaky_relu, tuning
 from ganvas.ops.backends.cpu.convolution import chosen_convolution
 from ganvas.ops.chain import Layer, can_chain, conv_bn_leaky_relu_chain
@@ -49,10 +50,10 @@ class Clock:
         self.measurements = 0
         self.meanwhile: Callable[[], object] = lambda: None
 
-    def __call__(self, *ways: Callable[[], object]) -> list[float]:
+    def __call__(self, ways: Mapping[str, Callable[[], object]]) -> dict[str, float]:
         self.measurements += 1
         self.meanwhile()
-        return [self.native, self.torch]
+        return {name: self.native if name else self.torch for name in ways}
 
 
 @pytest.fixture
@@ -81,8 +82,8 @@ def case(threads: int = 1, batch: int = 8) -> tuning.Case:
     return tuning.Case("forward", "conv3x3_padding1", "float32", "cpu", threads, batch, 16, 16, 16, 16)
 
 
-def nothing() -> tuple[Callable[[], object], Callable[[], object]]:
-    return (lambda: None), (lambda: None)
+def nothing() -> tuple[dict[str, Callable[[], object]], Callable[[], object]]:
+    return {"winograd": lambda: None}, (lambda: None)
 
 
 @pytest.mark.parametrize(
@@ -91,6 +92,24 @@ def nothing() -> tuple[Callable[[], object], Callable[[], object]]:
 def test_the_faster_way_is_taken_and_the_native_one_within_the_margin(clock, native, torchs, chosen):
     clock.native, clock.torch = native, torchs
     assert choice() is chosen
+
+
+@pytest.mark.parametrize(
+    ("geometry", "size", "name"),
+    [
+        (Geometry(), (1, 1), "conv1x1"),
+        (Geometry(stride=(2, 2), padding=(1, 1)), (4, 4), "conv4x4_stride2_padding1"),
+        (
+            Geometry(stride=(2, 2), transposed=True, output_padding=(1, 0)),
+            (4, 4),
+            "conv_transpose4x4_stride2_output_padding1x0",
+        ),
+        (Geometry(padding=(1, 1), upsampled=True), (3, 3), "upsample2_conv3x3_padding1"),
+        (Geometry(padding=(2, 0), dilation=(2, 2)), (3, 5), "conv3x5_padding2x0_dilation2"),
+    ],
+)
+def test_convolutions_are_told_apart_by_name(geometry, size, name):
+    assert geometry.named(torch.Size((1, 1, *size))) == name
 
 
 def test_forward_and_backward_are_choices_of_their_own(clock):
@@ -121,6 +140,28 @@ def test_similar_shapes_share_a_choice(clock, first, second, measurements):
     assert clock.measurements == measurements
 
 
+def test_the_fastest_family_is_taken_and_remembered(monkeypatch, clock):
+    def in_turns(ways: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+        assert list(ways) == ["winograd", "direct", ""]
+        return {"winograd": 2.0, "direct": 1.0, "": 3.0}
+
+    monkeypatch.setattr(tuning, "_time_in_turns", in_turns)
+    arguments = (CONV3X3, torch.empty(16, 16, 3, 3), torch.Size((8, 16, 16, 16)), torch.float32, "forward")
+    for _ in range(2):
+        assert chosen_convolution(*arguments).kind is ConvolutionKind.direct
+        _next_process()
+    assert [entry.configuration for entry in tuning.entries()] == ["direct"]
+
+
+def test_direct_products_are_measured_beside_winograds_only_where_they_have_a_chance(monkeypatch):
+    measured: list[list[str]] = []
+    monkeypatch.setattr(tuning, "_time_in_turns", lambda ways: measured.append(list(ways)) or dict.fromkeys(ways, 1.0))
+    choice((8, 64, 32, 32), channels=64)
+    choice((1, 64, 8, 8), channels=64)  # few pixels
+    choice((8, 3, 32, 32), channels=64)  # few channels
+    assert measured == [["winograd", ""], ["winograd", "direct", ""], ["winograd", "direct", ""]]
+
+
 def test_dtypes_and_numbers_of_threads_have_choices_of_their_own(clock):
     choice()
     choice(dtype=torch.bfloat16)
@@ -132,19 +173,26 @@ def test_dtypes_and_numbers_of_threads_have_choices_of_their_own(clock):
 @pytest.mark.parametrize("shape", [(1, 16, 4096, 4096), (4096, 16, 8, 8), (1, 1024, 4, 4), (3, 512, 70, 1)])
 def test_what_is_measured_is_small(monkeypatch, shape):
     outputs: list[Tensor] = []
-    monkeypatch.setattr(tuning, "_time_in_turns", lambda *ways: outputs.append(ways[0]()[0]) or [1.0, 2.0])
+
+    def run(ways: Mapping[str, Callable[[], tuple[Tensor]]]) -> dict[str, float]:
+        outputs.extend(way()[0] for way in ways.values())
+        return dict.fromkeys(ways, 1.0)
+
+    monkeypatch.setattr(tuning, "_time_in_turns", run)
     choice(shape, channels=shape[1])
-    assert outputs[0].nbytes <= 24 * 2**20
+    assert max(output.nbytes for output in outputs) <= 24 * 2**20
 
 
 @pytest.mark.parametrize(
     ("arguments", "native"),
     [
         ({"input": (1, 16, 4, 4)}, True),
-        ({"input": (1, 16, 2, 4)}, False),  # fewer than 16 pixels
-        ({"input": (3, 16, 8, 8), "geometry": STRIDE_2, "size": 4}, True),
-        ({"input": (3, 16, 8, 8), "geometry": STRIDE_2}, False),  # the weight is made a 4×4 one first
-        ({"input": (1, 16, 4, 4), "geometry": UPSAMPLED}, False),
+        ({"input": (3, 16, 8, 8), "geometry": STRIDE_2}, True),
+        ({"input": (1, 3, 4, 4)}, False),  # few channels
+        (
+            {"input": (1, 16, 4, 4), "geometry": UPSAMPLED},
+            False,
+        ),  # not direct
     ],
 )
 def test_a_little_work_is_not_measured(clock, arguments, native):
@@ -346,16 +394,17 @@ def _spinning(seconds: float, calls: list[float]) -> Callable[[], object]:
 
 def test_measuring_ends_early_where_the_native_way_is_clearly_faster():
     calls: list[float] = []
-    native, torchs = tuning._time_in_turns(_spinning(0.001, calls), _spinning(0.004, calls))
-    assert 0.001 <= native < torchs
-    assert torchs >= 0.004
-    assert calls == [0.001, 0.004] * 4  # one of them to warm up
+    ways = {"slow": _spinning(0.002, calls), "fast": _spinning(0.001, calls), "": _spinning(0.004, calls)}
+    times = tuning._time_in_turns(ways)
+    assert 0.001 <= times["fast"] < times["slow"] < times[""]
+    assert times[""] >= 0.004
+    assert calls == [0.002, 0.001, 0.004] * 4  # one of them to warm up
 
 
 def test_the_usual_way_is_given_up_after_all_turns_only(monkeypatch):
     monkeypatch.setattr(tuning, "_MOST_SECONDS", 60.0)
     calls: list[float] = []
-    tuning._time_in_turns(_spinning(0.004, calls), _spinning(0.001, calls))
+    tuning._time_in_turns({"native": _spinning(0.004, calls), "": _spinning(0.001, calls)})
     assert calls == [0.004, 0.001] * 6
 
 
@@ -431,14 +480,14 @@ def _choose(forward: bool, of_weight: bool, of_input: bool) -> None:
     directions = {"forward_with_statistics": forward, "backward_weight": of_weight, "backward_input": of_input}
     for direction, native in directions.items():
         known = case()._replace(direction=direction)
-        tuning._remembered[known] = tuning.Entry(known, 1.0, 2.0 if native else 0.5)
+        tuning._remembered[known] = tuning.Entry(known, 1.0, 2.0 if native else 0.5, "winograd")
 
 
 @pytest.mark.parametrize("faster", [True, False])
 def test_few_channels_are_native_only_where_that_was_measured(monkeypatch, faster):
     x, weight = torch.randn(8, 64, 16, 16), torch.randn(3, 64, 3, 3)
     convolution = (CONV3X3, weight, x.shape, x.dtype, "forward")
-    monkeypatch.setattr(tuning, "measured", lambda case, _: tuning.Entry(case, 1.0, 2.0 if faster else 0.5))
+    monkeypatch.setattr(tuning, "measured", lambda case, _: tuning.Entry(case, 1.0, 2.0 if faster else 0.5, "direct"))
     assert (chosen_convolution(*convolution) is not None) is faster
     tuning.clear()
     monkeypatch.setenv("GANVAS_AUTOTUNE", "0")

@@ -11,7 +11,7 @@ from ganvas.models.registry import register
 from ganvas.nn import FusedSequential
 
 STEM_WIDTH = 16
-"""Fewest channels that the native 3×3 convolutions take; the stem has no fewer, so that only it runs in torch."""
+"""Fewest channels of the stem: of fewer, the next convolution's transforms outweigh the products that they save."""
 
 
 @register("fast_cnn", kind="classifier")

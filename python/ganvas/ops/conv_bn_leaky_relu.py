@@ -36,8 +36,8 @@ def conv_bn_leaky_relu(
 ) -> Tensor:
     """lrelu(BN(conv2d(input))) (``conv_bn_act``) or BN(lrelu(conv2d(input))) (``conv_act_bn``).
 
-    On the CPU, 3×3 convolutions of stride 1 and 2 and 4×4 ones of stride 2, with 16 channels or more, are native and
-    take the statistics while they write; others are torch's. On an NVIDIA GPU any convolution without groups can be.
+    A convolution without groups is native where that is the faster way, and takes the statistics while it writes. On
+    the CPU 3×3 ones of stride 1 and 2 and 4×4 ones of stride 2 go by Winograd's algorithm, others are matrix products.
 
     Args:
         input: (N, Cin, H, W). Converted to channels_last where a native kernel runs.

@@ -36,6 +36,21 @@ class Geometry(NamedTuple):
             return (side - 1) * stride + reach + self.output_padding[axis] + 1
         return (side - reach - 1) // stride + 1
 
+    def named(self, weight: torch.Size) -> str:
+        """What is computed, as ``ganvas info --tuning`` shows it."""
+        kind = "upsample2_conv" if self.upsampled else "conv_transpose" if self.transposed else "conv"
+        options = {
+            "stride": (self.stride, (1, 1)),
+            "padding": (self.padding, (0, 0)),
+            "dilation": (self.dilation, (1, 1)),
+            "output_padding": (self.output_padding, (0, 0)),
+        }
+        words = [f"{kind}{weight[2]}x{weight[3]}"]
+        for name, ((height, width), default) in options.items():
+            if (height, width) != default:
+                words.append(f"{name}{height}" if height == width else f"{name}{height}x{width}")
+        return "_".join(words)
+
     def in_channels(self, weight: torch.Size) -> int:
         """That a weight of this shape takes."""
         return weight[0] if self.transposed else weight[1] * self.groups

@@ -1,8 +1,8 @@
 """Choice by measurement: a convolution, and a linear layer of 2^22 multiplications or more (its rows rounded down to a
-power of two), runs in its native kernels or in torch's, whichever was the faster one here.
+power of two), runs in native kernels, of one family or another, or in torch's, whichever were the fastest ones here.
 
-The first time that a chain meets a shape, both ways do the layer's share of a step on random values, in turns; the
-faster one is taken from then on (the native one within :data:`MARGIN`). Forward with batch statistics, forward without
+The first time that a chain meets a shape, all of them do the layer's share of a step on random values, in turns; the
+fastest one is taken from then on (a native one within :data:`MARGIN`). Forward with batch statistics, forward without
 them, and the gradients of input and weight are choices of their own. What was measured is remembered in a file for each
 processor, instruction set, torch, ganvas and native module, so that the next process, and one that resumes a run bit
 for bit, chooses alike: an entry that another process has written first counts. The file lies in ``$GANVAS_CACHE_DIR``,
@@ -13,11 +13,10 @@ Similar shapes share a choice. A side above 64 counts as 64 (plus its remainder 
 up for it; the batch as the next lower power of two, within 2^28 multiplications a thread, or 1024 pixels where that is
 more, and 24 MiB a tensor. So the measuring takes some tens of milliseconds, and the last batch of an epoch seldom costs
 anything.
-Below 2^18 multiplications nothing is measured: the native kernels run where the weight is transformed as it is (not
-3×3 with stride 2 or upsampling) and the output has 16 pixels or more, counted over the batch.
+Below 2^18 multiplications nothing is measured: the direct kernels run where both sides have 16 channels or more.
 
-``GANVAS_AUTOTUNE=0`` measures nothing: the native kernels run wherever they can, at any size. It is read when a shape
-is first met.
+``GANVAS_AUTOTUNE=0`` measures nothing: with so many channels native kernels run at any size, Winograd's wherever they
+can. It is read when a shape is first met.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ import re
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,7 +83,7 @@ class Entry(NamedTuple):
     case: Case
     native_ms: float | None  # None: no native way gave the right result
     torch_ms: float
-    configuration: str = ""  # of the native kernels, the fastest one
+    configuration: str = ""  # of the native kernels, the fastest one; of a convolution on the CPU its family
 
     @property
     def native(self) -> bool:
@@ -92,8 +91,8 @@ class Entry(NamedTuple):
         return self.native_ms is not None and self.native_ms <= MARGIN * self.torch_ms
 
 
-Candidates = Callable[[], tuple[Callable[[], object], Callable[[], object]]]
-"""Prepares the native way and torch's, to be called as often as it takes."""
+Candidates = Callable[[], tuple[Mapping[str, Callable[[], object]], Callable[[], object]]]
+"""Prepares the native ways, by name, and torch's, to be called as often as it takes."""
 
 decisions: dict[Any, Any] = {}
 """What callers decided, by keys of their own: looking here is all that a call costs. Filled by :func:`decided`."""
@@ -128,8 +127,10 @@ def measured(case: Case, candidates: Candidates) -> Entry:
     """
 
     def measure() -> Entry:
-        native, torchs = _time_in_turns(*candidates())
-        return Entry(case, round(1000 * native, 6), round(1000 * torchs, 6))
+        natives, torchs = candidates()
+        times = _time_in_turns({**natives, "": torchs})
+        best = min(natives, key=times.__getitem__)
+        return Entry(case, round(1000 * times[best], 6), round(1000 * times[""], 6), best)
 
     return remembered(case, measure)
 
@@ -235,21 +236,21 @@ def _processor() -> str:
     return " ".join(fields[name] for name in names if fields.get(name)) or platform.processor() or platform.machine()
 
 
-def _time_in_turns(native_way: Callable[[], object], torchs_way: Callable[[], object]) -> list[float]:
-    """The least seconds of a call of each, the machine's disturbances left out.
+def _time_in_turns(ways: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+    """The least seconds of a call of each, the machine's disturbances left out; torch's way has no name.
 
     They take turns call by call: each finds the caches as another operation has left them, as in a network.
     """
-    ways = (native_way, torchs_way)
     torch.empty(_KEPT_BYTES, dtype=torch.uint8, device="cpu")
-    for way in ways:
+    for way in ways.values():
         way()
-    begin, best, turns = time.perf_counter(), [math.inf, math.inf], 0
+    begin, best, turns = time.perf_counter(), dict.fromkeys(ways, math.inf), 0
     while True:
         turns += 1
-        best = [min(known, _seconds(way)) for known, way in zip(best, ways)]
+        for name, way in ways.items():
+            best[name] = min(best[name], _seconds(way))
         spent = time.perf_counter() - begin
-        settled = best[1] >= _CLEAR * best[0] or spent > _MOST_SECONDS
+        settled = best[""] >= _CLEAR * min(best.values()) or spent > _MOST_SECONDS
         if (turns >= _LEAST_TURNS and settled) or (turns >= _TURNS and spent > _LEAST_SECONDS):
             return best
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from importlib import import_module
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ganvas._native import ConvolutionKind
 from ganvas.ops import tuning
-from ganvas.ops.backends.cpu import conv1x1, stride2, winograd
+from ganvas.ops.backends.cpu import direct, stride2, winograd
 from ganvas.ops.backends.cpu.kernels import LEAST_CHANNELS, NativeConvolution
 from ganvas.ops.backends.cpu.precision import multiplied_as, rounds_float32
 from ganvas.ops.backends.trial import Direction, trial
@@ -27,31 +27,44 @@ _MOST_MULTIPLICATIONS = 2**28  # a thread, that are measured where the shape has
 _ENOUGH_PIXELS = 1024  # to outweigh the transform of the weight as a whole batch does
 _MOST_BYTES = 24 * 2**20  # of the larger of input and output, in float32
 _LARGEST_SIDE = 64
+# Where direct products may be faster than Winograd's: up to so many channels on a side, and up to so many pixels, of
+# which the products cost no more than to transform the weight does.
+_MOST_CHANNELS_DIRECT = 32
+_MOST_PIXELS_DIRECT = 512
 
 
 def native_convolution(geometry: Geometry, weight: Tensor, input_shape: torch.Size, dtype: torch.dtype) -> _Make | None:
-    """What makes the kernels of this convolution, or None where there are none or channels are few.
+    """What makes the kernels of this convolution where nothing is measured, or None where there are none.
 
     Args:
         dtype: plays no part.
     """
-    return _native_convolution(geometry, weight, input_shape) if _is_wide(weight.shape) else None
+    makes = _makes(geometry, weight, input_shape)
+    return next(iter(makes.values()), None) if _is_wide(weight.shape) else None
 
 
 def _is_wide(weight: torch.Size) -> bool:
-    """Whether the products outweigh the transforms: of fewer channels only measuring can tell."""
+    """Whether products alone outweigh what is done beside: of fewer channels only measuring can tell."""
     return min(weight[:2]) >= LEAST_CHANNELS
 
 
-def _native_convolution(geometry: Geometry, weight: Tensor, input_shape: torch.Size) -> _Make | None:
+def _makes(geometry: Geometry, weight: Tensor, input_shape: torch.Size) -> dict[str, _Make]:
+    """The families that do this convolution, by name; the likeliest first."""
+    makes: dict[str, _Make] = {}
     if winograd.takes(geometry, weight, input_shape):
-        return partial(winograd.convolution, geometry)
-    if conv1x1.takes(geometry, weight, input_shape):
-        return partial(conv1x1.convolution, geometry)
+        makes["winograd"] = partial(winograd.convolution, geometry)
     kind = _stride2_kind(geometry, weight, input_shape)
     if kind is not None and stride2.takes(kind, weight, input_shape):
-        return partial(stride2.convolution, kind)
-    return None
+        makes["winograd"] = partial(stride2.convolution, kind)
+    if direct.takes(geometry, weight, input_shape):
+        makes["direct"] = partial(direct.convolution, geometry)
+    return makes
+
+
+def _may_be_fastest(family: str, geometry: Geometry, weight: torch.Size, input: torch.Size) -> bool:
+    """Among several."""
+    few_channels = min(weight[:2]) <= _MOST_CHANNELS_DIRECT
+    return family != "direct" or few_channels or _pixels(geometry, weight, input) <= _MOST_PIXELS_DIRECT
 
 
 def chosen_convolution(
@@ -73,30 +86,39 @@ def chosen_convolution(
     try:
         return tuning.decisions[key]
     except KeyError:
-        make = _native_convolution(geometry, weight, input_shape)
-        return tuning.decided(key, make(*key[1:4]) if make is not None and _native_is_faster(make, *key[:-1]) else None)
+        makes = _makes(geometry, weight, input_shape)
+        family = _fastest(makes, *key[:-1]) if makes else None
+        return tuning.decided(key, None if family is None else makes[family](*key[1:4]))
 
 
-def _native_is_faster(
-    make: _Make, geometry: Geometry, weight: torch.Size, input: torch.Size, dtype: torch.dtype,
+def _fastest(
+    makes: Mapping[str, _Make], geometry: Geometry, weight: torch.Size, input: torch.Size, dtype: torch.dtype,
     threads: int, direction: Direction,
-) -> bool:  # fmt: skip
+) -> str | None:  # fmt: skip
+    """The family to be taken; None for torch."""
     if not tuning.applies(threads):
-        return _is_wide(weight)
-    native, products = make(weight, input, dtype), multiplied_as(dtype)
-    output = native.output_shape
+        return next(iter(makes)) if _is_wide(weight) else None
     if _multiplications(geometry, weight, input) < _LEAST_MULTIPLICATIONS:
-        return _is_wide(weight) and not native.folds_weight and output.numel() >= 16 * output[1]
+        return "direct" if "direct" in makes and _is_wide(weight) else None
     shape = _representative(geometry, weight, input, threads)
     batch, channels, height, width = shape
-    case = tuning.Case(direction, native.name, products, "cpu", threads, batch, channels, output[1], height, width)
+    case = tuning.Case(
+        direction, geometry.named(weight), multiplied_as(dtype), "cpu", threads, batch, channels,
+        geometry.output_shape(shape, weight)[1], height, width,
+    )  # fmt: skip
 
-    def candidates() -> tuple[Callable[[], object], Callable[[], object]]:
+    def candidates() -> tuple[dict[str, Callable[[], object]], Callable[[], object]]:
         kernels = import_module("ganvas.ops.backends.cpu")
         of_shape = trial(kernels, geometry, weight, shape, dtype, torch.device("cpu"), direction)
-        return of_shape.native(make(weight, shape, dtype)), of_shape.torchs()
+        ways: dict[str, Callable[[], object]] = {
+            family: of_shape.native(make(weight, shape, dtype))
+            for family, make in makes.items()
+            if len(makes) == 1 or _may_be_fastest(family, geometry, weight, shape)
+        }
+        return ways, of_shape.torchs()
 
-    return tuning.measured(case, candidates).native
+    entry = tuning.measured(case, candidates)
+    return entry.configuration if entry.native else None
 
 
 def _representative(geometry: Geometry, weight: torch.Size, input: torch.Size, threads: int) -> torch.Size:
@@ -114,8 +136,13 @@ def _representative(geometry: Geometry, weight: torch.Size, input: torch.Size, t
 
 def _multiplications(geometry: Geometry, weight: torch.Size, input: torch.Size) -> int:
     """Of the convolution as it is defined, forward."""
+    return _pixels(geometry, weight, input) * weight.numel()
+
+
+def _pixels(geometry: Geometry, weight: torch.Size, input: torch.Size) -> int:
+    """Of the map each of whose pixels takes every number of the weight once."""
     batch, _, height, width = input if geometry.transposed else geometry.output_shape(input, weight)
-    return batch * height * width * weight.numel()
+    return batch * height * width
 
 
 def _stride2_kind(geometry: Geometry, weight: Tensor, input_shape: torch.Size) -> ConvolutionKind | None:

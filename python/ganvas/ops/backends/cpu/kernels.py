@@ -17,16 +17,6 @@ from ganvas.ops.pending import Pending, statistics
 
 LEAST_CHANNELS = 16  # below, the transforms outweigh the products that they save
 
-# A larger kernel is made of the weight first, at a cost that few pixels do not pay back.
-_FOLDING = frozenset(
-    {
-        ConvolutionKind.conv3x3_even,
-        ConvolutionKind.conv3x3_odd,
-        ConvolutionKind.conv3x3_avg_pool2,
-        ConvolutionKind.upsample2_conv3x3,
-    }
-)
-
 
 @dataclass(frozen=True)
 class NativeConvolution:
@@ -36,23 +26,18 @@ class NativeConvolution:
     """
 
     kind: ConvolutionKind
-    name: str
-    """What is computed."""
     native: native.Convolution
     dtype: torch.dtype
     output_shape: torch.Size
+    swaps_channels: bool = False
+    """torch's transposed convolutions have the input's channels first."""
     writes_activations: ClassVar = True
     """Whether there is :meth:`activated`."""
 
-    @property
-    def folds_weight(self) -> bool:
-        """Whether few pixels do not pay back what is done with the weight first."""
-        return self.kind in _FOLDING
-
     def strides(self, weight: Tensor) -> tuple[int, ...]:
-        """Of the output's channels, the input's, rows and columns: torch's transposed convolutions have Cin first."""
-        out, into, *taps = weight.stride()
-        return (into, out, *taps) if self.kind is ConvolutionKind.conv_transpose4x4 else (out, into, *taps)
+        """Of the output's channels, the input's, rows and columns."""
+        first, second, row, column = weight.stride()
+        return (second, first, row, column) if self.swaps_channels else (first, second, row, column)
 
     def output(self) -> Tensor:
         """(N, Cout, H', W'), uninitialised."""
@@ -132,24 +117,24 @@ class NativeConvolution:
 
 
 def convolution(
-    kind: ConvolutionKind,
-    weight: torch.Size,
-    input: torch.Size,
-    dtype: torch.dtype,
-    padding: int = 0,
-    name: str | None = None,
+    kind: ConvolutionKind, weight: torch.Size, input: torch.Size, dtype: torch.dtype, padding: int
 ) -> NativeConvolution:
-    """The kernels of one kind for a weight and an input of these shapes, which they take.
-
-    Products are as torch's precision of float32 has them now.
+    """The kernels of one kind, by Winograd, for a weight and an input of these shapes, which they take.
 
     Args:
         weight: torch's, also where another kernel is made of it.
         padding: equal on all sides.
-        name: the kind's where there is none.
     """
-    # Products may be of 16-bit integers, which are finer than bfloat16, or of bfloat16.
-    integers = dtype is not torch.float32 or rounds_float32()
-    out_channels = weight[1] if kind is ConvolutionKind.conv_transpose4x4 else weight[0]
-    made = native.Convolution(kind, DTYPES[dtype], integers, tuple(input), out_channels, padding)
-    return NativeConvolution(kind, name or kind.name, made, dtype, torch.Size(made.output_shape))
+    transposed = kind is ConvolutionKind.conv_transpose4x4
+    made = native.Convolution(
+        kind, DTYPES[dtype], multiplies_coarsely(dtype), tuple(input), weight[1 if transposed else 0], padding
+    )
+    return NativeConvolution(kind, made, dtype, torch.Size(made.output_shape), transposed)
+
+
+def multiplies_coarsely(dtype: torch.dtype) -> bool:
+    """Whether products may be of 16-bit integers, which are finer than bfloat16, or of bfloat16.
+
+    As torch's precision of float32 has them now.
+    """
+    return dtype is not torch.float32 or rounds_float32()

@@ -76,10 +76,10 @@ def _measure(rows: int, out_features: int, in_features: int, direction: Directio
 
 def _candidates(
     rows: int, out_features: int, in_features: int, direction: Direction
-) -> tuple[Callable[[], object], Callable[[], object]]:
+) -> tuple[dict[str, Callable[[], object]], Callable[[], object]]:
     generator = torch.Generator("cpu").manual_seed(0)  # the default one belongs to the user
     shapes = ((rows, in_features), (out_features, in_features), (rows, out_features))
     x, w, g = (empty(*shape).uniform_(-1, 1, generator=generator) for shape in shapes)
     if direction == "forward":
-        return lambda: forward(x, w, None), lambda: torch.nn.functional.linear(x, w)
-    return lambda: (backward_input(g, w), backward_weight(g, x)), lambda: (g @ w, g.t() @ x)
+        return {"product": lambda: forward(x, w, None)}, lambda: torch.nn.functional.linear(x, w)
+    return {"product": lambda: (backward_input(g, w), backward_weight(g, x))}, lambda: (g @ w, g.t() @ x)

@@ -26,5 +26,4 @@ def takes(geometry: Geometry, weight: Tensor, input_shape: torch.Size) -> bool:
 
 def convolution(geometry: Geometry, weight: torch.Size, input: torch.Size, dtype: torch.dtype) -> NativeConvolution:
     """The kernels for a weight and an input of these shapes, which they take."""
-    padding = geometry.padding[0]
-    return kernels.convolution(ConvolutionKind.conv3x3, weight, input, dtype, padding, f"conv3x3_padding{padding}")
+    return kernels.convolution(ConvolutionKind.conv3x3, weight, input, dtype, geometry.padding[0])

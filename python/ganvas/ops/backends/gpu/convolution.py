@@ -171,7 +171,7 @@ def case_of(
     """What a choice for this convolution on ``weight``'s device holds for, by the shape that is measured."""
     shape = _representative(geometry, weight.shape, input_shape, dtype)
     return tuning.Case(
-        direction, _name(geometry, weight.shape), multiplied_as(dtype), device_name(weight.device.index), 0, shape[0],
+        direction, geometry.named(weight.shape), multiplied_as(dtype), device_name(weight.device.index), 0, shape[0],
         shape[1], geometry.output_shape(shape, weight.shape)[1], *shape[2:],
     )  # fmt: skip
 
@@ -192,22 +192,6 @@ def _representative(geometry: Geometry, weight: torch.Size, input: torch.Size, d
     values = max(image.numel(), geometry.output_shape(image, weight).numel())
     most = max(1, min(input[0], _MOST_BYTES // (values * dtype.itemsize)))
     return torch.Size((tuning.power_of_two(most), *input[1:]))
-
-
-def _name(geometry: Geometry, weight: torch.Size) -> str:
-    """What is computed, as ``ganvas info --tuning`` shows it."""
-    kind = "upsample2_conv" if geometry.upsampled else "conv_transpose" if geometry.transposed else "conv"
-    options = {
-        "stride": (geometry.stride, (1, 1)),
-        "padding": (geometry.padding, (0, 0)),
-        "dilation": (geometry.dilation, (1, 1)),
-        "output_padding": (geometry.output_padding, (0, 0)),
-    }
-    words = [f"{kind}{weight[2]}x{weight[3]}"]
-    for name, ((height, width), default) in options.items():
-        if (height, width) != default:
-            words.append(f"{name}{height}" if height == width else f"{name}{height}x{width}")
-    return "_".join(words)
 
 
 # Not before a tensor on a GPU asks for them: importing Triton takes longer than everything else here.
