@@ -216,14 +216,6 @@ std::shared_ptr<Convolution> make_direct_convolution(Dtype dtype, bool integers,
     return std::make_shared<Convolution>(ConvolutionKind::direct, shape);
 }
 
-ConvolutionShape with_groups(const Convolution& convolution, std::int64_t groups) {
-    ConvolutionShape shape = convolution.shape;
-    require(groups >= 1 && shape.batch % groups == 0, "groups must divide the batch; got ", groups, " groups, batch ",
-            shape.batch);
-    shape.groups = groups;
-    return shape;
-}
-
 PendingActivation pending_activation(const ConvolutionShape& shape, Address stored, Address scale, Address shift,
                                      float negative_slope, bool activation_first) {
     require_address("input", stored, element_size(shape.dtype));
@@ -243,7 +235,7 @@ void convolution_forward_(const Convolution& convolution, std::int64_t groups, A
                           const Strides& weight_strides, Address bias, Address output, Address output_scale,
                           Address output_shift, float output_negative_slope, bool output_activation_first,
                           Address residual, int threads) {
-    const auto shape = with_groups(convolution, groups);
+    const auto shape = convolution.grouped(groups);
     require_address("output", output, element_size(shape.dtype));
     require((output_scale == 0) == (output_shift == 0), "output_scale and output_shift go together");
     require(residual == 0 || output_scale != 0, "a residual is added before the activation; got no output_scale");
@@ -264,7 +256,7 @@ void convolution_forward_statistics_(const Convolution& convolution, std::int64_
                                      Address bn_bias, float eps, bool bn_activation_first, float bn_negative_slope,
                                      Address running_mean, Address running_var, float momentum, Address mean,
                                      Address var, Address bn_scale, Address bn_shift, int threads) {
-    const auto shape = with_groups(convolution, groups);
+    const auto shape = convolution.grouped(groups);
     require_address("output", output, element_size(shape.dtype));
     for (Address address : {mean, var, bn_scale, bn_shift}) require_address("statistics", address, 4);
     require((running_mean == 0) == (running_var == 0), "running_mean and running_var go together");
@@ -285,7 +277,7 @@ void convolution_backward_input_(const Convolution& convolution, std::int64_t gr
                                  Address weight, const Strides& weight_strides, Address input, Address scale,
                                  Address shift, float negative_slope, bool activation_first, Address mean,
                                  Address grad_input, Address sum, Address sum_deviation, int threads) {
-    const auto shape = with_groups(convolution, groups);
+    const auto shape = convolution.grouped(groups);
     require_address("grad_output", grad_output, element_size(shape.dtype));
     require_address("grad_input", grad_input, element_size(shape.dtype));
     require(scale == 0 || input != 0, "a pending input needs its stored values");
@@ -305,7 +297,7 @@ void convolution_backward_input_(const Convolution& convolution, std::int64_t gr
 void convolution_backward_weight_(const Convolution& convolution, std::int64_t groups, Address input, Address scale,
                                   Address shift, float negative_slope, bool activation_first, Address grad_output,
                                   Address grad_weight, const Strides& weight_strides, int threads) {
-    const auto shape = with_groups(convolution, groups);
+    const auto shape = convolution.grouped(groups);
     require_address("grad_output", grad_output, element_size(shape.dtype));
     require_address("grad_weight", grad_weight, 4);
     convolution.backward_weight({shape,

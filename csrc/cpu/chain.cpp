@@ -61,12 +61,6 @@ struct Stage {
         const ConvolutionShape& s = layer.shape();
         return {s.dtype, s.batch, s.out_height, s.out_width, s.out_channels, groups};
     }
-    // Groups are told apart where the input or the output has statistics of each.
-    ConvolutionShape convolution_shape(bool grouped) const {
-        ConvolutionShape s = layer.shape();
-        s.groups = grouped ? groups : 1;
-        return s;
-    }
     // Without a norm variance is 1, and nothing may be added to it.
     float eps() const { return layer.norm == Norm::none ? 0.0f : layer.eps; }
     ConvolutionWeight weight() const {
@@ -195,7 +189,8 @@ void Chain::forward(const ChainForward& call, int threads) const {
                              : kept                           ? tensors.stored
                                                               : buffers.other_than(before.stored);
         ConvolutionForward args{};
-        args.shape = stage.convolution_shape(before.scale || layer.norm == Norm::batch);
+        // Groups are told apart where the input or the output has statistics of each.
+        args.shape = layer.forward->grouped(before.scale || layer.norm == Norm::batch ? groups_ : 1);
         args.input = before;
         args.weight = stage.weight();
         args.bias = tensors.bias;
@@ -314,19 +309,21 @@ void Chain::backward(const ChainBackward& call, int threads) const {
         const PendingActivation before = pending ? previous->pending(previous->tensors.stored)
                                                  : PendingActivation{previous ? previous->tensors.pooled : call.input,
                                                                      nullptr, nullptr, 1.0f, false};
-        const ConvolutionShape grouped = stage.convolution_shape(pending);
+        const std::int64_t groups = pending ? groups_ : 1;
         const ConvolutionWeight weight = stage.weight();
         if (wanted.weight) {
             if (!layer.backward_weight)
                 throw std::invalid_argument("a weight's gradient is asked for, but not made here");
-            layer.backward_weight->backward_weight({grouped, before, raw, wanted.weight, weight}, threads);
+            layer.backward_weight->backward_weight(
+                {layer.backward_weight->grouped(groups), before, raw, wanted.weight, weight}, threads);
         }
         if (i == first && !call.grad_input) break;
         if (!layer.backward_input) throw std::invalid_argument("an input's gradient is asked for, but not made here");
         gradient = i == 0 ? call.grad_input : buffers.other_than(raw);
-        layer.backward_input->backward_input({grouped, raw, weight, before, pending ? previous->mean : nullptr,
-                                              gradient, pending ? sum : nullptr, pending ? sum_deviation : nullptr},
-                                             threads);
+        layer.backward_input->backward_input(
+            {layer.backward_input->grouped(groups), raw, weight, before, pending ? previous->mean : nullptr, gradient,
+             pending ? sum : nullptr, pending ? sum_deviation : nullptr},
+            threads);
     }
 }
 

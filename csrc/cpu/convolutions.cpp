@@ -188,6 +188,14 @@ Convolution::Convolution(ConvolutionKind kind, const ConvolutionShape& s) : kind
     shape.groups = 1;
 }
 
+ConvolutionShape Convolution::grouped(std::int64_t groups) const {
+    require(groups >= 1 && shape.batch % groups == 0, "groups must divide the batch; got ", groups, " groups, batch ",
+            shape.batch);
+    ConvolutionShape s = shape;
+    s.groups = groups;
+    return s;
+}
+
 void Convolution::forward(ConvolutionForward args, int threads) const {
     expect_first_touch(args.output, output_bytes(shape));
     run_folded(kind, args, team(shape, threads));

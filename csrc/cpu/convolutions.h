@@ -37,7 +37,10 @@ struct Convolution {
     // `shape` with all but the output's sides. Throws std::invalid_argument where there is no such convolution.
     Convolution(ConvolutionKind kind, const ConvolutionShape& shape);
 
-    // Shapes in the arguments are this one's, with groups; weights are those of the convolution as torch has it.
+    // The shape, for parts of the batch with statistics of their own. Throws std::invalid_argument where they are none.
+    ConvolutionShape grouped(std::int64_t groups) const;
+
+    // Shapes in the arguments are those that grouped() makes; weights are the convolution's as torch has it.
     void forward(ConvolutionForward args, int threads) const;
     void backward_input(ConvolutionBackwardInput args, int threads) const;
     void backward_weight(ConvolutionBackwardWeight args, int threads) const;

@@ -17,6 +17,7 @@ from ganvas import _native as native
 from ganvas.ops import tuning
 from ganvas.ops.backends import cpu
 from ganvas.ops.backends.cpu import chain as native_chains
+from ganvas.ops.backends.cpu import convolution
 from ganvas.ops.backends.cpu.chain import NativeChain
 from ganvas.ops.chain import Chain, Layer, conv_bn_leaky_relu_chain
 
@@ -119,6 +120,17 @@ def test_without_gradients_too(monkeypatch, calls, name):
     with torch.no_grad():
         assert torch.equal(conv_bn_leaky_relu_chain(image(), with_grad(layers)), expected)
     assert calls == ["forward"]
+
+
+@pytest.mark.parametrize("forward", ["winograd", "direct"])
+@pytest.mark.parametrize("backward", [("winograd", "direct"), ("direct", "winograd")])
+def test_each_direction_may_take_another_family(monkeypatch, calls, forward, backward):
+    families = {"forward_with_statistics": forward}
+    families["backward_input"], families["backward_weight"] = backward
+    monkeypatch.setattr(convolution, "_fastest", lambda makes, *arguments: families[arguments[-1]])
+    expected = layer_by_layer(monkeypatch, image(), chain_of("batch statistics"), 2)
+    assert_the_same(everything(conv_bn_leaky_relu_chain, image(), chain_of("batch statistics"), 2), expected)
+    assert calls == ["forward", "backward"]
 
 
 @pytest.mark.parametrize("norm", [True, False])
