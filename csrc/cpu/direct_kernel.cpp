@@ -26,6 +26,7 @@ constexpr Index rows_least = 24;  // pixels of a block
 constexpr Index rows_most = 144;
 constexpr Index rows_bytes = 384 << 10;         // of a block's packed windows
 constexpr Index run_rows = 8;                   // pixels whose sums are kept in registers
+constexpr Index stretch_rows = 32 * run_rows;   // pixels whose sums are added up in one chain
 constexpr Index band_bytes = 96 << 10;          // of the output that windows are scattered to
 constexpr Index band_rows_least = 8;            // what reaches over a band's edge is multiplied twice
 constexpr Index gradient_bytes = 512 << 10;     // of a part of the weight's gradient that a thread adds up in its cache
@@ -288,12 +289,20 @@ void write_rows(const Destination& to, Index group, Index first, Index count, In
             channels[i].pivot = mean_of<kind>(products + i * lanes, products_row, smaller(count, 2 * run_rows), leaky,
                                               channels[i].bias);
     }
-    for (Index row = 0; row < count; row += run_rows)
+    for (Index stretch = 0; stretch < count; stretch += stretch_rows) {
+        Vector sums_before[strip_vectors], squares_before[strip_vectors];
         for (Index i = 0; i < vectors; ++i) {
-            const auto write = channels[i].count >= lanes ? write_run<T, kind, true> : write_run<T, kind, false>;
-            write(to, first + row, smaller(run_rows, count - row), begin + i * lanes,
-                  products + row * products_row + i * lanes, products_row, leaky, channels[i]);
+            sums_before[i] = channels[i].sum, squares_before[i] = channels[i].square;
+            channels[i].sum = channels[i].square = Vector{};
         }
+        for (Index row = stretch; row < smaller(count, stretch + stretch_rows); row += run_rows)
+            for (Index i = 0; i < vectors; ++i) {
+                const auto write = channels[i].count >= lanes ? write_run<T, kind, true> : write_run<T, kind, false>;
+                write(to, first + row, smaller(run_rows, count - row), begin + i * lanes,
+                      products + row * products_row + i * lanes, products_row, leaky, channels[i]);
+            }
+        for (Index i = 0; i < vectors; ++i) channels[i].sum += sums_before[i], channels[i].square += squares_before[i];
+    }
     keep_sums<kind>(channels, vectors, begin, count, to.channels, sums);
 }
 

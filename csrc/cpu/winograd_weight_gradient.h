@@ -14,9 +14,12 @@
 
 namespace ganvas::cpu::GANVAS_ISA {
 
-constexpr Index tile_slice = 64;       // terms of a sum that are added up in one chain
-constexpr Index wave_bytes = 6 << 20;  // of both transformed factors
-constexpr Index wave_tiles_least = 256;
+constexpr Index tile_slice = 64;  // terms of a sum that are added up in one chain
+// Of both transformed factors of a wave: of all threads together, or of one that takes tiles of its own. Those share
+// nothing until their sums are joined, which is worth it while the sums are not too large, and the tiles not too few.
+constexpr Index wave_bytes = 6 << 20, own_wave_bytes = 384 << 10;
+constexpr Index wave_tiles_least = 256, own_wave_tiles_least = 64;
+constexpr Index own_gradient_bytes = 4 << 20, own_tiles_least = 128;
 constexpr Index run_tiles = 2 * integer_slice;  // whose integers have a scale in common
 
 struct WeightGradient {
@@ -86,32 +89,52 @@ struct Factor {
     float* scales_of(Index run, Index f) const { return scales + (run * frequencies + f) * whole_vectors(depth); }
 };
 
+// The tiles that are transformed before they are multiplied: runs [first, last).
+template <bool integers>
+struct Wave {
+    Factor<integers> v, d;
+    Index first, last;
+    // Of tiles that are multiplied together: a run's as integers, the wave's as floats.
+    std::vector<Order> orders;
+
+    void begin(const Tiles& tiles, const Blocks& runs, Index from, Index until) {
+        first = from, last = until;
+        orders.clear();
+        for (Index run = first; run < last; run += together())
+            orders.emplace_back(tiles, runs.first(run), runs.last(run + together() - 1));
+    }
+    Index together() const { return integers ? 1 : last - first; }
+    const Order& order_of(Index run) const { return orders[static_cast<std::size_t>((run - first) / together())]; }
+};
+
 template <int taps, int step, bool integers>
 void weight_gradient(const WeightGradient& args, Index images, int threads) {
     constexpr Index frequencies = points_of<taps> * points_of<taps>;
     const Tiles tiles(images, args.destination.height, args.destination.width, points_of<taps>);
     const Index depth = depth_of<step>(args.taps), columns = whole_vectors(args.taps.columns);
     const Blocks runs(tiles, 1, integers ? smaller(run_tiles, ceiling(tiles.count, threads)) : 1);
-    const Index target = larger(wave_tiles_least, wave_bytes / (frequencies * (integers ? 2 : 4) * (depth + columns)));
+    const Index tile_bytes = frequencies * (integers ? 2 : 4) * (depth + columns);
+    const bool apart =
+        frequencies * depth * columns * 4 <= own_gradient_bytes && tiles.count >= threads * own_tiles_least;
+    const Index parties = apart ? threads : 1;
+    const Index target = apart ? larger(own_wave_tiles_least, own_wave_bytes / tile_bytes)
+                               : larger(wave_tiles_least, wave_bytes / tile_bytes);
     // Waves of about the same length: runs of one.
-    const Index waves = ceiling(tiles.count, target), wave = ceiling(runs.count, waves);
+    const Index waves = ceiling(ceiling(tiles.count, parties), target);
+    const Index wave = ceiling(ceiling(runs.count, parties), waves);
     Factor<integers> v(frequencies, wave, runs.room, depth, left_limit);
     Factor<integers> d(frequencies, wave, runs.room, columns, right_limit);
-    // Tiles that are multiplied together: a run's as integers, a wave's as floats.
-    const Index together = integers ? 1 : wave;
-    std::vector<Order> orders;
-    for (Index run = 0; run < runs.count; run += together)
-        orders.emplace_back(tiles, runs.first(run), runs.last(smaller(run + together, runs.count) - 1));
     // A piece of dU: channels of V's chunk by channels of D's, for every frequency. If there is but one wave and pieces
     // enough, a thread turns each into the weight's gradient as soon as it is made, and dU is never written.
     const Index u_frequency = v.words.width * d.words.width + stagger, pieces = v.words.chunks * d.words.chunks;
-    const bool at_once = waves == 1 && pieces >= threads;
-    const std::size_t u_bytes = static_cast<std::size_t>(frequencies * u_frequency) * sizeof(float);
-    const std::size_t u_room = Workspace::padded(u_bytes) * static_cast<std::size_t>(at_once ? threads : pieces);
+    const bool at_once = !apart && waves == 1 && pieces >= threads;
+    const std::size_t u_bytes = Workspace::padded(static_cast<std::size_t>(frequencies * u_frequency) * sizeof(float));
+    const std::size_t u_room = u_bytes * static_cast<std::size_t>(at_once ? threads : parties * pieces);
+    const std::size_t factor_bytes = v.bytes() + d.bytes();
     const std::size_t part_bytes = integers ? Workspace::padded(v.part.bytes()) : 0;
-    Workspace workspace(v.bytes() + d.bytes() + u_room + part_bytes * static_cast<std::size_t>(threads));
-    v.place(static_cast<char*>(workspace.take(v.bytes())));
-    d.place(static_cast<char*>(workspace.take(d.bytes())));
+    Workspace workspace(factor_bytes * static_cast<std::size_t>(parties) + u_room +
+                        part_bytes * static_cast<std::size_t>(threads));
+    char* const factors = static_cast<char*>(workspace.take(factor_bytes * static_cast<std::size_t>(parties)));
     char* const u = static_cast<char*>(workspace.take(u_room));
     char* const parts = static_cast<char*>(workspace.take(part_bytes * static_cast<std::size_t>(threads)));
     const TransformSegment transform = transform_of<taps, step>(args.dtype, activation_of(args.source.pixels));
@@ -119,14 +142,13 @@ void weight_gradient(const WeightGradient& args, Index images, int threads) {
         transform_output_of<taps>(args.dtype, activation_of(args.destination.pixels));
 
     const auto piece_of = [&](Index number) {
-        return reinterpret_cast<float*>(u + Workspace::padded(u_bytes) * static_cast<std::size_t>(number));
+        return reinterpret_cast<float*>(u + u_bytes * static_cast<std::size_t>(number));
     };
-    const auto order_of = [&](Index run) -> const Order& { return orders[static_cast<std::size_t>(run / together)]; };
-    // Takes a run of the wave that begins with run `first` through transform_run(segment, to, tile, begin, end).
-    const auto take = [&](const Factor<integers>& factor, Index first, Index run, Index channels, Index phases,
-                          auto transform_run) {
+    // Takes a run of the wave through transform_run(segment, to, tile, begin, end).
+    const auto take = [&](const Wave<integers>& of, const Factor<integers>& factor, Index run, Index channels,
+                          Index phases, auto transform_run) {
         const Index from = runs.first(run), until = runs.last(run);
-        const Order& order = order_of(run);
+        const Order& order = of.order_of(run);
         if constexpr (integers) {
             Transformed part = factor.part;
             part.values = reinterpret_cast<float*>(parts + part_bytes * static_cast<std::size_t>(omp_get_thread_num()));
@@ -135,15 +157,16 @@ void weight_gradient(const WeightGradient& args, Index images, int threads) {
                 const Index end = smaller(channels, c + stretch);
                 for (Index s = from; s < until; ++s) transform_run(tiles.segment(s), part, order.of(s), c, end);
                 round_tiles<taps>(part, order, whole_vectors(end - c) * phases, factor.limit, factor.words,
-                                  (run - first) * factor.run_rows, c * phases,
-                                  factor.scales_of(run - first, 0) + c * phases, whole_vectors(factor.depth));
+                                  (run - of.first) * factor.run_rows, c * phases,
+                                  factor.scales_of(run - of.first, 0) + c * phases, whole_vectors(factor.depth));
             }
         } else {
             for (Index s = from; s < until; ++s)
                 transform_run(tiles.segment(s), factor.words, order.of(s), 0, channels);
         }
     };
-    const auto multiply = [&](Index piece, Index f, Index first, Index last, float* to) {
+    const auto multiply = [&](const Wave<integers>& of, Index piece, Index f, bool accumulate, float* to) {
+        const Factor<integers>&v = of.v, &d = of.d;
         const Index k = piece / d.words.chunks * v.words.width, n = piece % d.words.chunks * d.words.width;
         const Index rows = smaller(v.words.width, depth - k), width = smaller(d.words.width, columns - n);
         Product p{v.words.at(0, k) + f * v.words.frequency,
@@ -156,24 +179,35 @@ void weight_gradient(const WeightGradient& args, Index images, int threads) {
                   0};
         if constexpr (integers) {
             p.row_scale_stride = 1;
-            for (Index run = first; run < last; ++run) {
-                const Span terms = needing<taps>(order_of(run), f);
+            for (Index run = of.first; run < of.last; ++run) {
+                const Span terms = needing<taps>(of.order_of(run), f);
                 p.depth = ceiling(terms.last - terms.first, 2);
-                p.row_scale = v.scales_of(run - first, f) + k;
-                p.column_scale = d.scales_of(run - first, f) + n;
-                run > 0 ? product_slice<Elements::int16_pairs, true>(p, rows, width)
-                        : product_slice<Elements::int16_pairs, false>(p, rows, width);
+                p.row_scale = v.scales_of(run - of.first, f) + k;
+                p.column_scale = d.scales_of(run - of.first, f) + n;
+                accumulate || run > of.first ? product_slice<Elements::int16_pairs, true>(p, rows, width)
+                                             : product_slice<Elements::int16_pairs, false>(p, rows, width);
                 p.a += v.run_rows * v.words.width;
                 p.b += d.run_rows * d.words.width;
             }
         } else {
-            const Span terms = needing<taps>(order_of(first), f);
+            const Span terms = needing<taps>(of.order_of(of.first), f);
             p.a += terms.first * v.words.width;
             p.b += terms.first * d.words.width;
             p.depth = terms.last - terms.first;
-            first > 0 ? product<Elements::floats, true>(p, rows, width, tile_slice)
-                      : product<Elements::floats, false>(p, rows, width, tile_slice);
+            accumulate ? product<Elements::floats, true>(p, rows, width, tile_slice)
+                       : product<Elements::floats, false>(p, rows, width, tile_slice);
         }
+    };
+    // Adds up what the parties have of some rows of a piece.
+    const auto join = [&](Index piece, Index row) {
+        const Index begin = row * d.words.width, end = begin + lanes * d.words.width;
+        for (Index party = 1; party < parties; ++party)
+            for (Index f = 0; f < frequencies; ++f) {
+                float* const sums = piece_of(piece) + f * u_frequency;
+                const float* const others = piece_of(party * pieces + piece) + f * u_frequency;
+                for (Index i = begin; i < end; i += lanes)
+                    store_vector(sums + i, load_vector(sums + i) + load_vector(others + i));
+            }
     };
     const auto write = [&](Index piece, Index begin, Index end, const float* from) {
         const Index k = piece / d.words.chunks * v.words.width, n = piece % d.words.chunks * d.words.width;
@@ -184,37 +218,53 @@ void weight_gradient(const WeightGradient& args, Index images, int threads) {
 
 #pragma omp parallel num_threads(threads)
     {
-        const Index thread = omp_get_thread_num();
-        for (Index first = 0; first < runs.count; first += wave) {
-            const Index last = smaller(runs.count, first + wave);
-#pragma omp for schedule(static)
-            for (Index run = first; run < last; ++run) {
-                take(v, first, run, args.source.channels, step * step,
-                     [&](const Segment& s, const Transformed& to, Index tile, Index begin, Index end) {
-                         transform(args.source, args.origin, s, to, tile, begin, end);
-                     });
-                take(d, first, run, args.destination.channels, 1,
-                     [&](const Segment& s, const Transformed& to, Index tile, Index begin, Index end) {
-                         transform_output(args.destination, s, to, tile, begin, end);
-                     });
-            }
-            if (at_once) {
-#pragma omp for schedule(static)
-                for (Index piece = 0; piece < pieces; ++piece) {
-                    for (Index f = 0; f < frequencies; ++f) multiply(piece, f, first, last, piece_of(thread));
-                    write(piece, 0, v.words.width, piece_of(thread));
-                }
+        const Index thread = omp_get_thread_num(), party = apart ? thread : 0;
+        Wave<integers> of{v, d, 0, 0, {}};
+        char* const own = factors + factor_bytes * static_cast<std::size_t>(party);
+        of.v.place(own);
+        of.d.place(own + v.bytes());
+        // Calls of the numbers in [begin, end) by the threads of the party.
+        const auto for_each = [&](Index begin, Index end, auto call) {
+            if (apart) {
+                for (Index i = begin; i < end; ++i) call(i);
             } else {
 #pragma omp for schedule(static)
-                for (Index item = 0; item < pieces * frequencies; ++item)
-                    multiply(item / frequencies, item % frequencies, first, last, piece_of(item / frequencies));
+                for (Index i = begin; i < end; ++i) call(i);
+            }
+        };
+        const Index begin = runs.count * party / parties, end = runs.count * (party + 1) / parties;
+        for (Index first = begin; first < end; first += wave) {
+            of.begin(tiles, runs, first, smaller(end, first + wave));
+            for_each(of.first, of.last, [&](Index run) {
+                take(of, of.v, run, args.source.channels, step * step,
+                     [&](const Segment& s, const Transformed& to, Index tile, Index from, Index until) {
+                         transform(args.source, args.origin, s, to, tile, from, until);
+                     });
+                take(of, of.d, run, args.destination.channels, 1,
+                     [&](const Segment& s, const Transformed& to, Index tile, Index from, Index until) {
+                         transform_output(args.destination, s, to, tile, from, until);
+                     });
+            });
+            if (at_once) {
+                for_each(0, pieces, [&](Index piece) {
+                    for (Index f = 0; f < frequencies; ++f) multiply(of, piece, f, false, piece_of(thread));
+                    write(piece, 0, v.words.width, piece_of(thread));
+                });
+            } else {
+                for_each(0, pieces * frequencies, [&](Index item) {
+                    const Index piece = item / frequencies;
+                    multiply(of, piece, item % frequencies, first > begin, piece_of(party * pieces + piece));
+                });
             }
         }
         if (!at_once) {
+#pragma omp barrier
 #pragma omp for schedule(static)
-            for (Index row = 0; row < pieces * v.words.width; row += lanes)
-                write(row / v.words.width, row % v.words.width, row % v.words.width + lanes,
-                      piece_of(row / v.words.width));
+            for (Index row = 0; row < pieces * v.words.width; row += lanes) {
+                const Index piece = row / v.words.width, from = row % v.words.width;
+                join(piece, from);
+                write(piece, from, from + lanes, piece_of(piece));
+            }
         }
     }
 }

@@ -173,6 +173,19 @@ AWKWARD = {
         in_channels=520, out_channels=70, images=1, height=6, width=5, groups=2, **SAME_3X3
     ),
     "a gradient larger than the cache": Case(in_channels=140, out_channels=200, height=5, images=1, **SAME_5X5),
+    "outputs that are mostly the same number": Case(
+        in_channels=1,
+        out_channels=1,
+        height=12,
+        width=24,
+        images=1,
+        groups=2,
+        kernel=(1, 1),
+        geometry=Geometry(stride=(2, 2), transposed=True),
+        pending="affine_kink",
+        slope=0.0,
+        has_bias=False,
+    ),
     "bands of the output": Case(
         in_channels=20,
         out_channels=16,

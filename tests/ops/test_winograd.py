@@ -171,6 +171,8 @@ def test_lesser_instruction_sets_pass_the_same_tests(isa):
 SEVERAL_THREADS = {
     "tiles to share": Case(images=3, in_channels=24, out_channels=40, height=22, width=19, groups=2),
     "channels to share": Case(images=1, in_channels=320, out_channels=250, height=8, width=8, pending="kink_affine"),
+    "tiles enough for sums of their own": Case(images=10, in_channels=18, out_channels=40, height=35, width=30),
+    "and as integers": Case(images=10, in_channels=40, out_channels=50, height=30, width=35, dtype=torch.bfloat16),
     "bfloat16": Case(images=2, in_channels=70, out_channels=48, height=23, width=30, dtype=torch.bfloat16),
 }
 
