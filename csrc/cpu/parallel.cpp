@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <fstream>
 
 namespace ganvas::cpu {
 namespace {
@@ -16,6 +17,16 @@ const int registered = pthread_atfork(nullptr, nullptr, [] { in_forked_child = t
 constexpr std::int64_t large_page = 2 << 20;
 constexpr std::int64_t bytes_per_thread = 192 << 10;  // some 10 µs of work: less is not worth waking a thread for
 
+// Of the third level, as Linux has it, in bytes; 0 where it does not say. sysconf() has all of an AMD processor's, of
+// which a core reaches a part.
+std::int64_t shared_cache_bytes() {
+    std::ifstream file("/sys/devices/system/cpu/cpu0/cache/index3/size");
+    std::int64_t size = 0;
+    char unit = 'B';
+    file >> size >> unit;
+    return size * (unit == 'K' ? 1 << 10 : unit == 'M' ? 1 << 20 : 1);
+}
+
 }  // namespace
 
 int team_size(std::int64_t bytes_touched, int threads) {
@@ -25,9 +36,10 @@ int team_size(std::int64_t bytes_touched, int threads) {
 
 std::int64_t cache_bytes() {
     static const std::int64_t bytes = [] {
-        std::int64_t found = 0;
+        std::int64_t found = shared_cache_bytes();
 #if defined(_SC_LEVEL3_CACHE_SIZE)
-        found = std::max<std::int64_t>(sysconf(_SC_LEVEL3_CACHE_SIZE), sysconf(_SC_LEVEL2_CACHE_SIZE));
+        if (found == 0) found = sysconf(_SC_LEVEL3_CACHE_SIZE);
+        found = std::max<std::int64_t>(found, sysconf(_SC_LEVEL2_CACHE_SIZE));
 #endif
         return std::max<std::int64_t>(found, 4 << 20);
     }();
