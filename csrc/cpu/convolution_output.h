@@ -4,6 +4,7 @@
 #pragma once
 
 #include "convolution.h"
+#include "parallel.h"
 #include "vector.h"
 
 namespace ganvas::cpu::GANVAS_ISA {
@@ -59,6 +60,13 @@ struct Destination {
     float negative_slope;       // forward: of the activation that the statistics come after
     bool streams;               // past the cache, where whole vectors are written
 };
+
+// Whether the output goes past the cache: whole lines of an array of which little would still be there when it is read.
+inline bool streams(const Destination& to, Dtype dtype, Index images) {
+    const Index bytes = images * to.height * to.width * to.channels * static_cast<Index>(sizeof(float));
+    return dtype == Dtype::float32 && vector_is_line<float> && to.channels % lanes == 0 &&
+           reinterpret_cast<std::uintptr_t>(to.pixels) % 64 == 0 && 4 * bytes >= cache_bytes();
+}
 
 constexpr int strip_vectors =
     64 / lanes;  // of channels: written one after the other, so that a pixel's lines are filled together

@@ -446,6 +446,7 @@ void gather(Pass pass, int threads, Finish finish) {
             }
             if (!whole) write_strips(split_begin, split_end);
         }
+        if (to.streams) stream_fence();
         finish_slice(sums, finish, thread, team);
     }
 }
@@ -604,6 +605,7 @@ void scatter(Pass pass, int threads, Finish finish) {
                 write(to, bands.group(band), bands.first(band), (bottom - top) * to.width, begin,
                       smaller(begin + strip, to.channels), band_pixels + begin, to.channels, sums.of(band));
         }
+        if (to.streams) stream_fence();
         finish_slice(sums, finish, thread, team);
     }
 }
@@ -849,9 +851,10 @@ void direct_forward(const ConvolutionForward& args, int threads) {
     const OutputStatistics& statistics = args.statistics;
     const Index images = s.batch / s.groups;
     const Source from{args.input, s.height, s.width, s.in_channels, images};
-    const Destination to{args.output, s.out_height, s.out_width,     s.out_channels, images,
-                         1,           args.bias,    args.activation, nullptr,        statistics.negative_slope,
-                         false};
+    Destination to{args.output, s.out_height, s.out_width,     s.out_channels, images,
+                   1,           args.bias,    args.activation, nullptr,        statistics.negative_slope,
+                   false};
+    to.streams = streams(to, s.dtype, s.batch);
     run(s, from, to, args.weight, cheaper_relation(s, true), true, output_of(statistics, args.activation), threads,
         [&](const auto& sums, Index group, Index begin, Index end) {
             if (statistics.scale) finish_statistics(statistics, sums, group, begin, end);
@@ -862,8 +865,9 @@ void direct_backward_input(const ConvolutionBackwardInput& args, int threads) {
     const ConvolutionShape& s = args.shape;
     const Index images = s.batch / s.groups;
     const Source from{written(args.grad_output), s.out_height, s.out_width, s.out_channels, images};
-    const Destination to{args.grad_input, s.height,   s.width,   s.in_channels, images, 1,
-                         nullptr,         args.input, args.mean, 1.0f,          false};
+    Destination to{args.grad_input, s.height,   s.width,   s.in_channels, images, 1,
+                   nullptr,         args.input, args.mean, 1.0f,          false};
+    to.streams = streams(to, s.dtype, s.batch);
     const Output kind = !args.input.scale             ? Output::plain
                         : args.input.activation_first ? Output::kink_affine
                                                       : Output::affine_kink;

@@ -9,7 +9,6 @@
 
 #include <omp.h>
 
-#include "parallel.h"
 #include "winograd_factors.h"
 #include "winograd_output.h"
 #include "workspace.h"
@@ -102,13 +101,6 @@ inline void multiply(const Left<integers>& v, const Transformed& m, Index f, Spa
     constexpr Index slice = integers ? integer_slice : channel_slice;
     k > 0 ? product<elements_of<integers>, true>(p, count, width, slice)
           : product<elements_of<integers>, false>(p, count, width, slice);
-}
-
-// Whether the output goes past the cache: whole lines of an array of which little would still be there when it is read.
-inline bool streams(const Destination& to, Dtype dtype, Index images) {
-    const Index bytes = images * to.height * to.width * to.channels * static_cast<Index>(sizeof(float));
-    return dtype == Dtype::float32 && vector_is_line<float> && to.channels % lanes == 0 &&
-           reinterpret_cast<std::uintptr_t>(to.pixels) % 64 == 0 && 4 * bytes >= cache_bytes();
 }
 
 // Each thread takes a block of tiles through transform, products and inverse transform while it lies in its cache. The
