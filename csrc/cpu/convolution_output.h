@@ -65,7 +65,7 @@ struct Destination {
 inline bool streams(const Destination& to, Dtype dtype, Index images) {
     const Index bytes = images * to.height * to.width * to.channels * static_cast<Index>(sizeof(float));
     return dtype == Dtype::float32 && vector_is_line<float> && to.channels % lanes == 0 &&
-           reinterpret_cast<std::uintptr_t>(to.pixels) % 64 == 0 && 4 * bytes >= cache_bytes();
+           reinterpret_cast<std::uintptr_t>(to.pixels) % 64 == 0 && 8 * bytes >= cache_bytes();
 }
 
 constexpr int strip_vectors =
