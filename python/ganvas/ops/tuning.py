@@ -50,11 +50,11 @@ _log = logging.getLogger("ganvas")
 MARGIN = 1.03
 """The native way is taken up to this multiple of torch's time: a chain of native kernels keeps less memory."""
 
-_LEAST_TURNS = 3  # enough where the native way, the usual one, is clearly faster, or when the most time is over
+_LEAST_TURNS = 3  # enough where a native way, the usual one, is clearly faster, or when the most time is over
 _CLEAR = 2.0  # times
 _MOST_SECONDS = 0.2
-_TURNS = 5  # where neither is so, and as many more as fit into the least time
-_LEAST_SECONDS = 0.003
+_TURNS = 5  # where neither is so
+_LEAST_SECONDS = 0.003  # as many more turns as fit into it: the native ways differ by less
 _MOST_DECISIONS = 4096
 # Once a block of this size was freed, glibc keeps smaller ones, and twice as much at the heap's end. Otherwise fetching
 # memory from the system, which may take longer than a kernel, would fall to one way or the other by chance.
@@ -250,8 +250,8 @@ def _time_in_turns(ways: Mapping[str, Callable[[], object]]) -> dict[str, float]
         for name, way in ways.items():
             best[name] = min(best[name], _seconds(way))
         spent = time.perf_counter() - begin
-        settled = best[""] >= _CLEAR * min(best.values()) or spent > _MOST_SECONDS
-        if (turns >= _LEAST_TURNS and settled) or (turns >= _TURNS and spent > _LEAST_SECONDS):
+        clear = best[""] >= _CLEAR * min(best.values()) or spent > _MOST_SECONDS
+        if turns >= (_LEAST_TURNS if clear else _TURNS) and spent > _LEAST_SECONDS:
             return best
 
 
