@@ -376,7 +376,7 @@ void chain_forward_(const Chain& chain, Address input, Address residual, const A
     const std::size_t alignment = element_size(chain.first().dtype);
     require_address("input", input, alignment);
     require_address("output", output, alignment);
-    require(kept.empty() == (statistics == 0), "statistics are kept with the other tensors, or nothing is");
+    require_address("statistics", statistics, alignof(float));
     const auto tensors = layer_tensors(chain, parameters, moving, momenta, kept);
     chain.forward({pointer<void>(input), pointer<void>(residual), pointer<float>(statistics), pointer<void>(output),
                    tensors.data()},

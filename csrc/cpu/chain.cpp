@@ -172,13 +172,12 @@ std::int64_t Chain::statistics_floats() const {
 }
 
 void Chain::forward(const ChainForward& call, int threads) const {
-    const bool kept = call.statistics != nullptr;
+    const bool kept = call.layers[0].stored != nullptr;
     const Buffers buffers = kept ? Buffers(0, 0) : forward_buffers(layers_);
-    const Floats scratch(kept ? 0 : statistics_floats());
     std::vector<std::uint8_t> winners;  // that nobody will ask for
 
     PendingActivation before{call.input, nullptr, nullptr, 1.0f, false};
-    for_each_stage(layers_, call.layers, groups_, kept ? call.statistics : scratch.first(), [&](Stage<float> stage) {
+    for_each_stage(layers_, call.layers, groups_, call.statistics, [&](Stage<float> stage) {
         const ChainLayer& layer = stage.layer;
         const LayerTensors& tensors = stage.tensors;
         const bool last = &layer == &layers_.back();

@@ -52,7 +52,7 @@ struct LayerGradients {
 struct ChainForward {
     const void* input;           // [N, H, W, C]
     const void* residual;        // like the output, or null: added before the last layer's activation
-    float* statistics;           // Chain::statistics_floats(); null: not kept
+    float* statistics;           // Chain::statistics_floats()
     void* output;                // the last layer's activation, pooled if it pools
     const LayerTensors* layers;  // of those before the last all are kept, or none
 };

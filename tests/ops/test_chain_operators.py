@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
@@ -12,6 +14,7 @@ from torch import Tensor
 
 pytest.importorskip("ganvas._native")
 
+from ganvas.ops.backends.cpu.chain import NativeChain
 from ganvas.ops.chain import Layer, can_chain, conv_bn_leaky_relu_chain
 from ganvas.ops.convolution import Geometry
 from ganvas.ops.layers import decode, encode
@@ -208,3 +211,25 @@ def test_a_step_under_autocast_compiles():
     for name, tensor in expected.items():
         assert results[name].dtype is tensor.dtype, name
         torch.testing.assert_close(results[name], tensor, msg=name)
+
+
+def test_native_layers_are_one_call_forward_and_one_backward(monkeypatch):
+    calls = []
+    for name in ("forward", "backward"):
+        original = getattr(NativeChain, name)
+        monkeypatch.setattr(
+            NativeChain, name, lambda *args, name=name, call=original: (calls.append(name), call(*args))[1]
+        )
+    input, layers, groups, residual = chain_of("residual")
+    own = with_grad(layers)
+    OPS.conv_bn_leaky_relu_chain(input, residual, *encode(own), groups, True)[0].sum().backward()
+    assert calls == ["forward", "backward"]
+
+
+def test_what_is_remembered_of_a_chain_holds_none_of_its_tensors():
+    input, layers, groups, _ = chain_of("statistics groups")
+    weight = weakref.ref(layers[0].weight)
+    OPS.conv_bn_leaky_relu_chain(input, None, *encode(layers), groups, False)
+    del layers
+    gc.collect()
+    assert weight() is None

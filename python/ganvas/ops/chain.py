@@ -20,7 +20,14 @@ from ganvas.ops import chain_operators, checks, tuning
 from ganvas.ops.backends.arguments import to_dtype
 from ganvas.ops.backends.cpu.precision import rounds_float32
 from ganvas.ops.backends.trial import Direction
-from ganvas.ops.chain_passes import Stage, differentiable_backward, restored, run_backward, run_forward
+from ganvas.ops.chain_passes import (
+    Stage,
+    differentiable_backward,
+    restored,
+    restored_all,
+    run_backward,
+    run_forward,
+)
 from ganvas.ops.direct import holds, runs_as_operator, runs_directly
 from ganvas.ops.kernels import kernels_of
 from ganvas.ops.layers import Layer, by_layer
@@ -83,10 +90,10 @@ class Chain:
     def __init__(self, layers: Sequence[Layer]) -> None:
         self.layers = tuple(layers)
         self._parameters = [tensor for layer in self.layers for tensor in layer.tensors]
-        self._moving = [tensor for layer in self.layers for tensor in _moving(layer)]
+        self._moving = [tensor for layer in self.layers for tensor in layer.moving]
         self._tensors = [tensor for tensor in (*self._parameters, *self._moving) if tensor is not None]
-        self._moved = [t for layer in self.layers if layer.batch_statistics for t in _moving(layer) if t is not None]
-        self.given = [t for layer in self.layers if layer.batch_statistics is False for t in _moving(layer)[:2]]
+        self._moved = [t for layer in self.layers if layer.batch_statistics for t in layer.moving if t is not None]
+        self.given = [t for layer in self.layers if layer.batch_statistics is False for t in layer.moving[:2]]
         self._prepared: dict[tuple[Any, ...], Prepared] = {}
 
     def __call__(self, input: Tensor, statistics_groups: int = 1, residual: Tensor | None = None) -> Tensor | None:
@@ -183,14 +190,6 @@ class Chain:
         return [(type(tensor), tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in self._tensors]
 
 
-def _moving(layer: Layer) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """What a kernel reads or moves of the statistics: mean, variance and the count of batches."""
-    mean, var = layer.running_mean, layer.running_var
-    if layer.batch_statistics is None or mean is None or var is None or (layer.batch_statistics and not layer.momentum):
-        mean = var = None
-    return mean, var, layer.batches if layer.batch_statistics else None
-
-
 def _is_native(layer: Layer, input_shape: torch.Size, dtype: torch.dtype) -> bool:
     """Whether a native kernel runs, forward or backward. In a graph it is the operator that measures, when it runs."""
     kernels, arguments = kernels_of(layer.weight), (layer.geometry, layer.weight, input_shape, dtype)
@@ -239,7 +238,10 @@ class _ChainFunction(torch.autograd.Function):
                 residual is not None, wants_input, wanted,
             )  # fmt: skip
         if grads is None:
-            stages = _stages(layers, tensors, kept if native is None else native.with_statistics(kept, statistics))
+            if native is None:
+                stages = _stages(layers, tensors, kept)
+            else:
+                stages = restored_all(layers, tensors, kept, statistics, input.shape, ctx.groups)
             grads = run_backward(
                 grad_output, input, result, stages, layers, tensors, residual is not None, wants_input, wanted
             )

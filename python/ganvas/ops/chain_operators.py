@@ -6,15 +6,19 @@ exported program can be trained. Eager mode does without the dispatcher: see :mo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ganvas.ops import checks
+from ganvas.ops import checks, tuning
+from ganvas.ops.backends.cpu.precision import rounds_float32
 from ganvas.ops.batch_norm_leaky_relu import move_running_statistics
-from ganvas.ops.chain_passes import Stage, differentiable_backward, restored, run_backward, run_forward
-from ganvas.ops.layers import Layer, decode, encode
+from ganvas.ops.chain_passes import Stage, differentiable_backward, restored_all, run_backward, run_forward
+from ganvas.ops.direct import is_float32
+from ganvas.ops.kernels import kernels_of
+from ganvas.ops.layers import Gradients, Layer, decode, encode, moments_of
 from ganvas.ops.schemas import library, ops
 
 
@@ -25,7 +29,7 @@ def call(input: Tensor, residual: Tensor | None, layers: Sequence[Layer], statis
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     output, moments, _ = ops.conv_bn_leaky_relu_chain(input, residual, *encoded, statistics_groups, keep)
     shape = input.shape
-    for layer, (_, _, mean, var) in zip(layers, moments):
+    for layer, (mean, var, _, _) in zip(layers, moments_of(moments, layers, shape, statistics_groups)):
         batch, _, height, width = layer.convolved_shape(shape)
         running_mean, running_var = layer.running_mean, layer.running_var
         if layer.batch_statistics and layer.momentum and running_mean is not None and running_var is not None:
@@ -46,21 +50,28 @@ def _forward(
     reals: list[float],
     statistics_groups: int,
     keep: bool,
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     layers = decode(parameters, statistics, integers, reals)
     tensors = [tensor for layer in layers for tensor in layer.tensors]
-    moments: list[Tensor] = []
-    stored: list[Tensor | None] = []
+    given = [tensor for layer in layers for tensor in layer.moving]
+    kept: list[Tensor | None] = []
+    chain = _native_chain(input, parameters, integers, reals, statistics_groups)
+    if chain is not None and all(tensor is None or is_float32(tensor) for tensor in given):
+        residual = None if residual is None else checks.channels_last(residual)
+        output, kept, moments = chain.forward(checks.channels_last(input), residual, tensors, given, keep)
+        return output, moments, [tensor for tensor in kept if tensor is not None]
+    of_layers: list[Tensor] = []
 
     def collect(stage: Stage) -> None:
-        moments.append(torch.stack(stage.statistics))  # type: ignore[arg-type]
-        if keep:  # an operator's results share no memory: what a last layer pools is the output
-            stored.extend((stage.pending.stored, stage.written if len(moments) < len(layers) else None, stage.winners))
+        scale, shift, mean, var = stage.statistics
+        of_layers.append(torch.stack((mean, var, scale, shift)).flatten())  # type: ignore[arg-type]
+        if keep:  # an operator's results share no memory: what a last layer pools is the output, or its convolution's
+            is_last = len(of_layers) == len(layers)
+            stored = None if is_last and layers[-1].is_bare else stage.pending.stored
+            kept.extend((stored, None if is_last else stage.written, stage.winners))
 
     output = run_forward(input, residual, layers, tensors, statistics_groups, collect, keep)
-    if keep and layers[-1].is_bare:
-        output = output.clone()
-    return output, moments, [tensor for tensor in stored if tensor is not None]
+    return output, torch.cat(of_layers), [tensor for tensor in kept if tensor is not None]
 
 
 def _backward(
@@ -68,7 +79,7 @@ def _backward(
     input: Tensor,
     output: Tensor | None,
     parameters: list[Tensor],
-    moments: list[Tensor],
+    moments: Tensor,
     stored: list[Tensor],
     integers: list[int],
     reals: list[float],
@@ -77,51 +88,93 @@ def _backward(
     wanted: list[bool],
 ) -> list[Tensor]:
     layers = decode(parameters, None, integers, reals)
-    left, stages = iter(stored), []
-    for layer, of_layer in zip(layers, moments):
-        raw = next(left)
-        pooled = next(left) if layer.max_pool and layer is not layers[-1] else None
-        winners = next(left) if layer.max_pool else None
-        scale, shift, mean, var = of_layer
-        stages.append(restored(layer, layer.tensors, raw, scale, shift, mean, var, pooled, winners))
     tensors = [tensor for layer in layers for tensor in layer.tensors]
     asked = iter(wanted)
-    found = run_backward(
-        grad_output, input, output, stages, layers, tensors, residual, wants_input,
-        [tensor is not None and next(asked) for tensor in tensors],
+    of_tensors = [tensor is not None and next(asked) for tensor in tensors]
+    kept = list(_kept(layers, stored))
+    groups = moments.numel() // (4 * sum(layer.geometry.out_channels(layer.weight.shape) for layer in layers))
+    chain, found = _native_chain(input, parameters, integers, reals, groups), None
+    if chain is not None:
+        found = chain.backward(
+            checks.channels_last(grad_output), checks.channels_last(input), output, tensors, kept, moments, residual,
+            wants_input, of_tensors,
+        )  # fmt: skip
+    if found is None:
+        stages = restored_all(layers, tensors, kept, moments, input.shape, groups)
+        found = run_backward(grad_output, input, output, stages, layers, tensors, residual, wants_input, of_tensors)
+        of_input = None if found.input is None else checks.channels_last(found.input)
+        of_parameters = [_laid_out_like(tensor, gradient) for tensor, gradient in zip(tensors, found.tensors)]
+        found = Gradients(of_input, found.residual, of_parameters)
+    return [gradient for gradient in (found.input, found.residual, *found.tensors) if gradient is not None]
+
+
+def _kept(layers: Sequence[Layer], stored: Sequence[Tensor]) -> Iterator[Tensor | None]:
+    """Of each layer what was stored, what was pooled of it, and the winners; None where nothing was."""
+    left = iter(stored)
+    for layer in layers:
+        is_last = layer is layers[-1]
+        yield None if is_last and layer.is_bare else next(left)
+        yield next(left) if layer.max_pool and not is_last else None
+        yield next(left) if layer.max_pool else None
+
+
+_MOST_CHAINS = 256
+_chains: dict[tuple[Any, ...], Any] = {}
+
+
+def _native_chain(
+    input: Tensor, parameters: Sequence[Tensor], integers: Sequence[int], reals: Sequence[float], groups: int
+) -> Any:
+    """The chain in one call, if there is such a call: :class:`ganvas.ops.backends.cpu.chain.NativeChain`.
+
+    It is kept for the next call with the same layouts, without the tensors.
+    """
+    if input.device.type != "cpu":
+        return None
+    layouts = [(tensor.shape, tensor.stride(), tensor.dtype) for tensor in parameters]
+    key = (
+        input.shape, input.dtype, groups, *layouts, *integers, *reals, torch.get_num_threads(), rounds_float32(),
+        tuning.generation,
     )  # fmt: skip
-    of_parameters = (_laid_out_like(tensor, grad) for tensor, grad in zip(tensors, found.tensors) if grad is not None)
-    of_input = None if found.input is None else checks.channels_last(found.input)
-    return [gradient for gradient in (of_input, found.residual, *of_parameters) if gradient is not None]
+    try:
+        return _chains[key]
+    except KeyError:
+        if len(_chains) >= _MOST_CHAINS:
+            _chains.clear()
+        shapes = [torch.empty_strided(*layout[:2], dtype=layout[2], device="meta") for layout in layouts]
+        layers = decode(shapes, None, integers, reals)
+        chain = _chains[key] = kernels_of(input).native_chain(layers, input.shape, input.dtype, groups)
+        return chain
 
 
-def _laid_out_like(parameter: Tensor | None, gradient: Tensor) -> Tensor:
+def _laid_out_like(parameter: Tensor | None, gradient: Tensor | None) -> Tensor | None:
     """``gradient`` in the parameter's memory layout; two gradients per channel may lie in one piece of memory."""
-    assert parameter is not None
+    if parameter is None or gradient is None:
+        return None
     result = torch.empty_like(parameter)
     return gradient if gradient.dim() > 1 and gradient.stride() == result.stride() else result.copy_(gradient)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    input, residual, parameters, statistics, ctx.integers, ctx.reals, ctx.groups, _ = inputs
+    input, residual, parameters, statistics, ctx.integers, ctx.reals, ctx.groups, ctx.keep = inputs
     activation, moments, stored = output
     result = activation if residual is not None and ctx.reals[-1] != 1.0 else None
-    ctx.save_for_backward(input, residual, result, *parameters, *statistics, *moments, *stored)
-    ctx.lengths = [len(parameters), len(statistics), len(moments), len(stored)]
-    ctx.mark_non_differentiable(*moments, *stored)
+    ctx.save_for_backward(input, residual, result, moments, *parameters, *statistics, *stored)
+    ctx.lengths = [len(parameters), len(statistics), len(stored)]
+    ctx.mark_non_differentiable(moments, *stored)
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx, grad_output, _moments, _stored):
-    input, residual, result, *saved = ctx.saved_tensors
+    input, residual, result, moments, *saved = ctx.saved_tensors
     parts = []
     for length in ctx.lengths:
         parts.append(saved[:length])
         saved = saved[length:]
-    parameters, statistics, moments, stored = parts
+    parameters, statistics, stored = parts
     wants_input, wants_residual, wanted, *_ = ctx.needs_input_grad
     of_input = of_residual = None
-    if torch.is_grad_enabled() or not stored:
+    if torch.is_grad_enabled() or not ctx.keep:
         layers = decode(parameters, statistics, ctx.integers, ctx.reals)
         tensors = [tensor for layer in layers for tensor in layer.tensors]
         grads = differentiable_backward(grad_output, input, residual, layers, ctx.groups, tensors)

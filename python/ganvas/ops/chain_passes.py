@@ -20,7 +20,7 @@ from ganvas.ops.batch_norm_leaky_relu import move_running_statistics, reference_
 from ganvas.ops.convolution import convolve, convolve_backward
 from ganvas.ops.direct import is_float32
 from ganvas.ops.kernels import kernels_of
-from ganvas.ops.layers import Gradients, Layer, Tensors, by_layer
+from ganvas.ops.layers import Gradients, Layer, Tensors, by_layer, moments_of
 from ganvas.ops.pending import Pending, PendingGradient, fixed
 
 
@@ -63,6 +63,28 @@ def restored(
         normalised,
     )  # fmt: skip
     return Stage(pending, pooled, winners)
+
+
+def restored_all(
+    layers: Sequence[Layer],
+    tensors: Sequence[Tensor | None],
+    kept: Sequence[Tensor | None],
+    moments: Tensor,
+    input: torch.Size,
+    groups: int,
+) -> list[Stage]:
+    """The stages, of what a chain in one call leaves.
+
+    Args:
+        kept: of each layer what was stored, what was pooled of it, and the winners.
+        moments: see :func:`ganvas.ops.layers.moments_of`.
+    """  # fmt: skip
+    return [
+        restored(layer, own, kept[3 * i], scale, shift, mean, var, *kept[3 * i + 1 : 3 * i + 3])  # type: ignore[arg-type]
+        for i, (layer, own, (mean, var, scale, shift)) in enumerate(
+            zip(layers, by_layer(tensors), moments_of(moments, layers, input, groups))
+        )
+    ]
 
 
 def _in_channels_last(saved: Tensor | None) -> Tensor | None:

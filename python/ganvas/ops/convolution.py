@@ -55,6 +55,10 @@ class Geometry(NamedTuple):
         """That a weight of this shape takes."""
         return weight[0] if self.transposed else weight[1] * self.groups
 
+    def out_channels(self, weight: torch.Size) -> int:
+        """That a weight of this shape makes."""
+        return weight[1] * self.groups if self.transposed else weight[0]
+
 
 def symmetric_padding(
     padding: str | tuple[int, int], kernel: Sequence[int], stride: tuple[int, int], dilation: tuple[int, int]

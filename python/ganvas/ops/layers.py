@@ -67,6 +67,19 @@ class Layer:
     def tensors(self) -> Tensors:
         return Tensors(self.weight, self.bias, self.bn_weight, self.bn_bias)
 
+    @property
+    def moving(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """What a kernel reads or moves of the statistics: mean, variance and the count of batches."""
+        mean, var = self.running_mean, self.running_var
+        if (
+            self.batch_statistics is None
+            or mean is None
+            or var is None
+            or (self.batch_statistics and not self.momentum)
+        ):
+            mean = var = None
+        return mean, var, self.batches if self.batch_statistics else None
+
     def convolved_shape(self, input: torch.Size) -> torch.Size:
         """Of an input's shape (N, Cin, H, W); sides below 1 where a kernel does not fit."""
         return self.geometry.output_shape(input, self.weight.shape)
@@ -79,6 +92,16 @@ class Layer:
     def output_shape(self, input: torch.Size) -> torch.Size:
         """Of an input's shape, after convolution and pooling."""
         return self.pooled_shape(self.convolved_shape(input))
+
+
+def moments_of(moments: Tensor, layers: Sequence[Layer], input: torch.Size, groups: int) -> Iterator[Tensor]:
+    """Of each layer mean, var, scale and shift, (4, G, C), from one piece of memory; ``input`` is the first one's."""
+    begin = 0
+    for layer in layers:
+        channels = layer.convolved_shape(input)[1]
+        end = begin + 4 * groups * channels
+        yield moments[begin:end].view(4, groups, channels)
+        begin, input = end, layer.output_shape(input)
 
 
 def by_layer(tensors: Sequence[Tensor | None]) -> list[Tensors]:

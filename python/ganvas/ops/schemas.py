@@ -43,20 +43,20 @@ library.define(
     "Tensor mean, Tensor var, bool training, float eps, float negative_slope, int statistics_groups) "
     "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)"
 )
-# Layers as ganvas.ops.layers.encode makes them; input and output in the dtype that is computed in. moments: of each
-# layer scale, shift, mean and var, (4, statistics_groups, C) float32. stored, empty unless keep: what backward reads
-# besides, of each layer the convolution's raw output, and where it pools the pooled activation (unless that is the
-# output) and uint8 winners.
+# Layers as ganvas.ops.layers.encode makes them; input and output in the dtype that is computed in. moments, float32: of
+# one layer after the other mean, var, scale and shift, (4, statistics_groups, C). stored, empty unless keep: what
+# backward reads besides, of each layer the convolution's raw output (unless that is the output), and where it pools the
+# pooled activation (unless that is the output) and uint8 winners.
 library.define(
     "conv_bn_leaky_relu_chain(Tensor input, Tensor? residual, Tensor[] parameters, Tensor[] statistics, "
     "int[] integers, float[] reals, int statistics_groups, bool keep) "
-    "-> (Tensor output, Tensor[] moments, Tensor[] stored)"
+    "-> (Tensor output, Tensor moments, Tensor[] stored)"
 )
 # Gradients of the input, the residual (where there is one) and the parameters, those that are wanted. output tells the
 # side of the last kink where a residual was added.
 library.define(
     "conv_bn_leaky_relu_chain_backward(Tensor grad_output, Tensor input, Tensor? output, Tensor[] parameters, "
-    "Tensor[] moments, Tensor[] stored, int[] integers, float[] reals, bool residual, bool wants_input, "
+    "Tensor moments, Tensor[] stored, int[] integers, float[] reals, bool residual, bool wants_input, "
     "bool[] wanted) -> Tensor[] gradients"
 )
 # metrics: (4,) float32: mean real logit, mean fake logit, share of real logits > 0, share of fake logits < 0.
@@ -118,18 +118,18 @@ def _empty_pixels(shape: torch.Size, like: Tensor, dtype: torch.dtype | None = N
 
 @torch.library.register_fake("ganvas::conv_bn_leaky_relu_chain", lib=library)
 def _(input, residual, parameters, statistics, integers, reals, statistics_groups, keep):
-    moments, stored = [], []
     layers, shape = decode(parameters, None, integers, reals), input.shape
+    channels, stored = 0, []
     for i, layer in enumerate(layers, 1):
-        convolved, shape = layer.convolved_shape(shape), layer.output_shape(shape)
-        moments.append(input.new_empty((4, statistics_groups, convolved[1]), dtype=torch.float32))
-        if not keep:
-            continue
-        stored.append(_empty_pixels(convolved, input))
-        if layer.max_pool and i < len(layers):
+        convolved, shape, is_last = layer.convolved_shape(shape), layer.output_shape(shape), i == len(layers)
+        channels += convolved[1]
+        if keep and not (is_last and layer.is_bare):
+            stored.append(_empty_pixels(convolved, input))
+        if keep and layer.max_pool and not is_last:
             stored.append(_empty_pixels(shape, input))
-        if layer.max_pool:
+        if keep and layer.max_pool:
             stored.append(_empty_pixels(shape, input, torch.uint8))
+    moments = input.new_empty((4 * statistics_groups * channels,), dtype=torch.float32)
     return _empty_pixels(shape, input), moments, stored
 
 

@@ -52,12 +52,14 @@ class NativeChain:
         parameters: Sequence[Tensor | None],  # of each layer Tensors
         moving: Sequence[Tensor | None],  # of each layer running mean, running variance and count of batches
         keep: bool,
-    ) -> tuple[Tensor, Kept, Tensor | None]:
-        """The chain's result; if ``keep`` what :meth:`backward` needs: tensors of the layers, and their statistics."""
+    ) -> tuple[Tensor, Kept, Tensor]:
+        """The chain's result; if ``keep`` what :meth:`backward` needs of the layers; and their statistics.
+
+        Those are :func:`ganvas.ops.layers.moments_of`; in evaluation of no use to anyone.
+        """
         parameters = self._as_float32(parameters)
-        output, kept, statistics = empty_pixels(self._output, self._dtype), [], None
+        output, kept, statistics = empty_pixels(self._output, self._dtype), [], empty(self._statistics)
         if keep:
-            statistics = empty(self._statistics)
             for layer, convolution, pooled in zip(self._layers, self._convolutions, self._pooled):
                 last = layer is self._layers[-1]
                 kept.append(None if last and layer.is_bare else convolution.output())
@@ -65,7 +67,7 @@ class NativeChain:
                 kept.append(None if pooled is None else empty_pixels(pooled, torch.uint8))
         self._forward.forward(
             input.data_ptr(), address(residual), _addresses(parameters), _addresses(moving),
-            [layer.momentum for layer in self._layers], _addresses(kept), address(statistics), output.data_ptr(),
+            [layer.momentum for layer in self._layers], _addresses(kept), statistics.data_ptr(), output.data_ptr(),
             torch.get_num_threads(),
         )  # fmt: skip
         return output, kept, statistics
@@ -115,19 +117,6 @@ class NativeChain:
     def kept_count(self) -> int:
         """Of the tensors that are kept for backward, beside the statistics."""
         return _KEPT * len(self._layers)
-
-    def with_statistics(self, kept: Kept, statistics: Tensor) -> Kept:
-        """Of each layer what was stored; scale, shift, mean and variance, (G, C); what was pooled, and the winners."""
-        rows: Kept = []
-        begin = 0
-        for i, convolution in enumerate(self._convolutions):
-            channels = convolution.output_shape[1]
-            end = begin + 4 * self._groups * channels
-            mean, var, scale, shift = statistics[begin:end].view(4, self._groups, channels).unbind()
-            stored, pooled, winners = kept[_KEPT * i :][:_KEPT]
-            rows += [stored, scale, shift, mean, var, pooled, winners]
-            begin = end
-        return rows
 
     def _chain(
         self, backward_input: Sequence[NativeConvolution | None], backward_weight: Sequence[NativeConvolution | None]
