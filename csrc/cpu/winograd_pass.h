@@ -262,7 +262,8 @@ void run(const Pass& pass, Index images, int threads, Finish finish) {
     const Tiles tiles(images, ceiling(to.height, to.step), ceiling(to.width, to.step), points_of<taps>);
     const Index depth = depth_of<step>(pass.walk.taps), columns = whole_vectors(to.channels);
     const Index weight_bytes = frequencies * depth * columns * 4;
-    if (2 * weight_bytes >= cache_bytes() || (weight_bytes >= wave_weight_bytes && tiles.count <= wave_tiles_most))
+    if (2 * weight_bytes * pass.walk.phase_count >= cache_bytes() ||
+        (weight_bytes >= wave_weight_bytes && tiles.count <= wave_tiles_most))
         return run_waves<taps, step, integers>(pass, tiles, Blocks(tiles, pass.groups, block_tiles_most), threads,
                                                finish);
     // Small maps: enough blocks that each thread gets some, before the tiles become too few for the products.
