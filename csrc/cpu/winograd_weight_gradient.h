@@ -116,7 +116,7 @@ void weight_gradient(const WeightGradient& args, Index images, int threads) {
     const Index tile_bytes = frequencies * (integers ? 2 : 4) * (depth + columns);
     const bool apart =
         frequencies * depth * columns * 4 <= own_gradient_bytes && tiles.count >= threads * own_tiles_least;
-    const Index parties = apart ? threads : 1;
+    const Index parties = apart ? smaller(threads, runs.count) : 1;
     const Index target = apart ? larger(own_wave_tiles_least, own_wave_bytes / tile_bytes)
                                : larger(wave_tiles_least, wave_bytes / tile_bytes);
     // Waves of about the same length: runs of one.
@@ -218,12 +218,9 @@ void weight_gradient(const WeightGradient& args, Index images, int threads) {
 
 #pragma omp parallel num_threads(threads)
     {
-        const Index thread = omp_get_thread_num(), party = apart ? thread : 0;
+        const Index thread = omp_get_thread_num(), team = omp_get_num_threads();
         Wave<integers> of{v, d, 0, 0, {}};
-        char* const own = factors + factor_bytes * static_cast<std::size_t>(party);
-        of.v.place(own);
-        of.d.place(own + v.bytes());
-        // Calls of the numbers in [begin, end) by the threads of the party.
+        // Calls of the numbers in [begin, end) by the threads of a party.
         const auto for_each = [&](Index begin, Index end, auto call) {
             if (apart) {
                 for (Index i = begin; i < end; ++i) call(i);
@@ -232,29 +229,34 @@ void weight_gradient(const WeightGradient& args, Index images, int threads) {
                 for (Index i = begin; i < end; ++i) call(i);
             }
         };
-        const Index begin = runs.count * party / parties, end = runs.count * (party + 1) / parties;
-        for (Index first = begin; first < end; first += wave) {
-            of.begin(tiles, runs, first, smaller(end, first + wave));
-            for_each(of.first, of.last, [&](Index run) {
-                take(of, of.v, run, args.source.channels, step * step,
-                     [&](const Segment& s, const Transformed& to, Index tile, Index from, Index until) {
-                         transform(args.source, args.origin, s, to, tile, from, until);
-                     });
-                take(of, of.d, run, args.destination.channels, 1,
-                     [&](const Segment& s, const Transformed& to, Index tile, Index from, Index until) {
-                         transform_output(args.destination, s, to, tile, from, until);
-                     });
-            });
-            if (at_once) {
-                for_each(0, pieces, [&](Index piece) {
-                    for (Index f = 0; f < frequencies; ++f) multiply(of, piece, f, false, piece_of(thread));
-                    write(piece, 0, v.words.width, piece_of(thread));
+        for (Index party = apart ? thread : 0; party < parties; party += apart ? team : 1) {
+            char* const own = factors + factor_bytes * static_cast<std::size_t>(party);
+            of.v.place(own);
+            of.d.place(own + v.bytes());
+            const Index begin = runs.count * party / parties, end = runs.count * (party + 1) / parties;
+            for (Index first = begin; first < end; first += wave) {
+                of.begin(tiles, runs, first, smaller(end, first + wave));
+                for_each(of.first, of.last, [&](Index run) {
+                    take(of, of.v, run, args.source.channels, step * step,
+                         [&](const Segment& s, const Transformed& to, Index tile, Index from, Index until) {
+                             transform(args.source, args.origin, s, to, tile, from, until);
+                         });
+                    take(of, of.d, run, args.destination.channels, 1,
+                         [&](const Segment& s, const Transformed& to, Index tile, Index from, Index until) {
+                             transform_output(args.destination, s, to, tile, from, until);
+                         });
                 });
-            } else {
-                for_each(0, pieces * frequencies, [&](Index item) {
-                    const Index piece = item / frequencies;
-                    multiply(of, piece, item % frequencies, first > begin, piece_of(party * pieces + piece));
-                });
+                if (at_once) {
+                    for_each(0, pieces, [&](Index piece) {
+                        for (Index f = 0; f < frequencies; ++f) multiply(of, piece, f, false, piece_of(thread));
+                        write(piece, 0, v.words.width, piece_of(thread));
+                    });
+                } else {
+                    for_each(0, pieces * frequencies, [&](Index item) {
+                        const Index piece = item / frequencies;
+                        multiply(of, piece, item % frequencies, first > begin, piece_of(party * pieces + piece));
+                    });
+                }
             }
         }
         if (!at_once) {
