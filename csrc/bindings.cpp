@@ -6,8 +6,6 @@
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
-#include <sstream>
-#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -29,6 +27,7 @@
 #include "cuda/gan_loss.h"
 #include "cuda/max_pool.h"
 #include "cuda/statistics.h"
+#include "require.h"
 #endif
 
 namespace pybind11::detail {
@@ -69,15 +68,6 @@ namespace {
 template <class T>
 T* pointer(Address address) {
     return reinterpret_cast<T*>(address);
-}
-
-// The parts become one message only where it is thrown: the strings of ten checks take longer than a small kernel.
-template <class... Parts>
-void require(bool holds, const Parts&... message) {
-    if (holds) return;
-    std::ostringstream text;
-    (text << ... << message);
-    throw std::invalid_argument(text.str());
 }
 
 void require_address(const char* name, Address address, std::size_t alignment) {

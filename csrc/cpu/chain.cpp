@@ -1,10 +1,9 @@
 #include "chain.h"
 
 #include <algorithm>
-#include <sstream>
-#include <stdexcept>
 #include <utility>
 
+#include "../require.h"
 #include "batch_norm_leaky_relu.h"
 #include "channel_sums.h"
 #include "max_pool.h"
@@ -30,14 +29,11 @@ std::int64_t pooled_pixels(const ChainLayer& layer) {
 void require_fit(const ChainLayer& before, const ChainLayer& layer) {
     const ConvolutionShape &a = before.shape(), &b = layer.shape();
     const std::int64_t divisor = before.max_pool ? 2 : 1;
-    if (a.dtype == b.dtype && a.batch == b.batch && a.out_channels == b.in_channels &&
-        a.out_height / divisor == b.height && a.out_width / divisor == b.width)
-        return;
-    std::ostringstream text;
-    text << "each layer reads what the one before puts out; got a layer of " << b.batch << "×" << b.in_channels << "×"
-         << b.height << "×" << b.width << " after one that puts out " << a.batch << "×" << a.out_channels << "×"
-         << a.out_height / divisor << "×" << a.out_width / divisor;
-    throw std::invalid_argument(text.str());
+    const std::int64_t height = a.out_height / divisor, width = a.out_width / divisor;
+    require(a.dtype == b.dtype && a.batch == b.batch && a.out_channels == b.in_channels && height == b.height &&
+                width == b.width,
+            "each layer reads what the one before puts out; got a layer of ", b.batch, "×", b.in_channels, "×",
+            b.height, "×", b.width, " after one that puts out ", a.batch, "×", a.out_channels, "×", height, "×", width);
 }
 
 // A layer in a call: what it is, its tensors, and its statistics [G, C].
@@ -154,15 +150,14 @@ Buffers forward_buffers(const std::vector<ChainLayer>& layers) {
 }  // namespace
 
 Chain::Chain(std::vector<ChainLayer> layers, std::int64_t groups) : layers_(std::move(layers)), groups_(groups) {
-    if (layers_.empty()) throw std::invalid_argument("a chain has at least one layer; got none");
+    require(!layers_.empty(), "a chain has at least one layer; got none");
     for (ChainLayer& layer : layers_) {
-        if (!layer.forward) throw std::invalid_argument("every layer has a convolution forward");
+        require(layer.forward != nullptr, "every layer has a convolution forward");
         if (layer.norm == Norm::none) layer.activation_first = false;  // there is nothing that it could come before
     }
     for (std::size_t i = 1; i < layers_.size(); ++i) require_fit(layers_[i - 1], layers_[i]);
-    if (groups < 1 || first().batch % groups)
-        throw std::invalid_argument("groups must divide the batch of " + std::to_string(first().batch) + "; got " +
-                                    std::to_string(groups));
+    require(groups >= 1 && first().batch % groups == 0, "groups must divide the batch of ", first().batch, "; got ",
+            groups);
 }
 
 std::int64_t Chain::statistics_floats() const {
@@ -311,13 +306,12 @@ void Chain::backward(const ChainBackward& call, int threads) const {
         const std::int64_t groups = pending ? groups_ : 1;
         const ConvolutionWeight weight = stage.weight();
         if (wanted.weight) {
-            if (!layer.backward_weight)
-                throw std::invalid_argument("a weight's gradient is asked for, but not made here");
+            require(layer.backward_weight != nullptr, "a weight's gradient is asked for, but not made here");
             layer.backward_weight->backward_weight(
                 {layer.backward_weight->grouped(groups), before, raw, wanted.weight, weight}, threads);
         }
         if (i == first && !call.grad_input) break;
-        if (!layer.backward_input) throw std::invalid_argument("an input's gradient is asked for, but not made here");
+        require(layer.backward_input != nullptr, "an input's gradient is asked for, but not made here");
         gradient = i == 0 ? call.grad_input : buffers.other_than(raw);
         layer.backward_input->backward_input(
             {layer.backward_input->grouped(groups), raw, weight, before, pending ? previous->mean : nullptr, gradient,

@@ -2,9 +2,8 @@
 #include "convolutions.h"
 
 #include <algorithm>
-#include <sstream>
-#include <stdexcept>
 
+#include "../require.h"
 #include "parallel.h"
 #include "workspace.h"
 
@@ -43,14 +42,6 @@ Form form_of(ConvolutionKind kind) {
         default:
             return {Family::direct};
     }
-}
-
-template <class... Parts>
-void require(bool holds, const Parts&... message) {
-    if (holds) return;
-    std::ostringstream text;
-    (text << ... << message);
-    throw std::invalid_argument(text.str());
 }
 
 std::int64_t output_length(ConvolutionKind kind, const ConvolutionShape& s, std::int64_t length,
