@@ -21,13 +21,13 @@
 #include "cpu/max_pool.h"
 #include "cpu/pending_gradient.h"
 #include "cpu/workspace.h"
+#include "require.h"
 #if GANVAS_WITH_CUDA
 #include "cuda/batch_norm_leaky_relu.h"
 #include "cuda/device.h"
 #include "cuda/gan_loss.h"
 #include "cuda/max_pool.h"
 #include "cuda/statistics.h"
-#include "require.h"
 #endif
 
 namespace pybind11::detail {
