@@ -165,9 +165,11 @@ void keep_sums(const Channels* strip, Index vectors, Index begin, Index pixels, 
     }
 }
 
-// A thread's share of the channels of every group: sums of the group's first part become those of all its parts.
+// A thread's share of the channels of every group, once it has stored its last pixel: sums of the group's first part
+// become those of all its parts.
 template <class Parts, class Finish>
-void finish_slice(const Parts& parts, Finish finish, Index thread, Index team) {
+void finish_slice(const Destination& to, const Parts& parts, Finish finish, Index thread, Index team) {
+    if (to.streams) stream_fence();
     const Index channels = parts.channels();
     for (Index group = 0; group < parts.groups(); ++group)
         finish(parts, group, channels * thread / team, channels * (thread + 1) / team);

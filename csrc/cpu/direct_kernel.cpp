@@ -119,7 +119,7 @@ void store_rows(const float* numbers, Index pitch, Index count, Index width, flo
         for (Index j = 0; j < width; j += lanes) {
             const Vector first = load_vector(numbers + j);
             if constexpr (elements == Elements::floats) store_vector(words + j, first);
-#if GANVAS_WIDE
+#if defined(__AVX512F__)
             if constexpr (elements == Elements::bfloat16_pairs) {
                 VectorBits bits = __builtin_convertvector(nearest_bfloat16(first), VectorBits);
                 if (i + 1 < count)
@@ -446,8 +446,7 @@ void gather(Pass pass, int threads, Finish finish) {
             }
             if (!whole) write_strips(split_begin, split_end);
         }
-        if (to.streams) stream_fence();
-        finish_slice(sums, finish, thread, team);
+        finish_slice(to, sums, finish, thread, team);
     }
 }
 
@@ -502,7 +501,7 @@ void gather_few(Pass pass, int threads, Finish finish) {
                 write(to, blocks.group(block), first, count, n, until, products, dot_strip, sums.of(block));
             }
         }
-        finish_slice(sums, finish, thread, team);
+        finish_slice(to, sums, finish, thread, team);
     }
 }
 
@@ -605,8 +604,7 @@ void scatter(Pass pass, int threads, Finish finish) {
                 write(to, bands.group(band), bands.first(band), (bottom - top) * to.width, begin,
                       smaller(begin + strip, to.channels), band_pixels + begin, to.channels, sums.of(band));
         }
-        if (to.streams) stream_fence();
-        finish_slice(sums, finish, thread, team);
+        finish_slice(to, sums, finish, thread, team);
     }
 }
 
@@ -645,6 +643,12 @@ Relation cheaper_relation(const ConvolutionShape& s, bool forward) {
     return cost(mirrored) < cost(natural) ? mirrored : natural;
 }
 
+// The weight, or where its gradient goes. The kernel keeps a reference to the window.
+Kernel kernel_of(const Relation& relation, const ConvolutionWeight& w, const Window& window, Index plain_channels) {
+    const bool swaps = relation.input_is_plain;
+    return {w.values, swaps ? w.in : w.out, swaps ? w.out : w.in, w.row, w.column, window, plain_channels};
+}
+
 // Calls finish as gather and scatter do.
 template <class Finish>
 void run(const ConvolutionShape& s, const Source& from, const Destination& to, const ConvolutionWeight& w,
@@ -653,18 +657,12 @@ void run(const ConvolutionShape& s, const Source& from, const Destination& to, c
     const Index looked_channels = relation.input_is_plain ? s.out_channels : s.in_channels;
     const Index plain_channels = relation.input_is_plain ? s.in_channels : s.out_channels;
     const Window window{relation.y, relation.x, looked_channels};
-    const Kernel kernel{w.values,
-                        relation.input_is_plain ? w.in : w.out,
-                        relation.input_is_plain ? w.out : w.in,
-                        w.row,
-                        w.column,
-                        window,
-                        plain_channels};
+    const Kernel kernel = kernel_of(relation, w, window, plain_channels);
     const Windowed windows =
         gathers ? Windowed{from, s.batch, window, to.height, to.width}
                 : Windowed{from, s.batch, {one_pixel, one_pixel, plain_channels}, from.height, from.width};
     const Pass pass{windows, to, kernel, s.batch, s.groups, s.dtype, kind};
-#if GANVAS_WIDE
+#if defined(__AVX512F__)
     // A pair of numbers is one of channels.
     if (s.integers && has_bfloat16_products() && windows.window.channels % 2 == 0)
         return gathers ? gather<Elements::bfloat16_pairs>(pass, threads, finish)
@@ -803,14 +801,7 @@ void weight_gradient(const ConvolutionBackwardWeight& args, const Relation& rela
                       elements == Elements::floats && lie_packed<Elements::floats>(plain, s.dtype)};
     const GradientCut<elements> cut(of_plain.channels, window.depth(), s.batch * of_plain.height * of_plain.width,
                                     s.groups, threads);
-    const ConvolutionWeight& w = args.layout;
-    const Kernel kernel{nullptr,
-                        relation.input_is_plain ? w.in : w.out,
-                        relation.input_is_plain ? w.out : w.in,
-                        w.row,
-                        w.column,
-                        window,
-                        of_plain.channels};
+    const Kernel kernel = kernel_of(relation, args.layout, window, of_plain.channels);
 
     const Index part_floats = cut.rows * cut.columns;
     const std::size_t gradient_bytes_of_all = floats(cut.parts * part_floats);
@@ -884,7 +875,7 @@ void direct_backward_weight(const ConvolutionBackwardWeight& args, int threads) 
         const Relation mirrored = relation_of(s, true);
         if (gradient_cost(s, mirrored) < gradient_cost(s, relation)) relation = mirrored;
     }
-#if GANVAS_WIDE
+#if defined(__AVX512F__)
     if (s.integers && has_bfloat16_products())
         return weight_gradient<Elements::bfloat16_pairs>(args, relation, threads);
 #endif

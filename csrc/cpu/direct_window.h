@@ -73,7 +73,7 @@ enum class Packing { floats, number_pairs, window_pairs };
 inline void store_numbers(float* to, Vector value) {
     store_vector(to, value);
 }
-#if GANVAS_WIDE
+#if defined(__AVX512F__)
 inline void store_numbers(std::uint16_t* to, Vector value) {
     const VectorHalves halves = nearest_bfloat16(value);
     std::memcpy(to, &halves, sizeof halves);

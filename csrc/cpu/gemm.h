@@ -6,7 +6,7 @@
 namespace ganvas::cpu::GANVAS_ISA {
 
 // Vectors of a tile's row. Accumulators fill the vector registers, but for one broadcast and a row of b.
-#if GANVAS_WIDE
+#if defined(__AVX512F__)
 constexpr int tile_vectors = 4;
 template <int vectors>
 constexpr int tile_rows = vectors == 1 ? 12 : 24 / vectors;
@@ -33,7 +33,7 @@ struct Words {
     static void multiply_add(Values& sum, Values left, Values right) { sum += left * right; }
 };
 
-#if GANVAS_WIDE
+#if defined(__AVX512F__)
 struct Pairs {
     using Values = VectorInts;
     static Values load(const float* words) {

@@ -9,9 +9,7 @@
 
 namespace ganvas::cpu::GANVAS_ISA {
 
-// The kernels for AVX-512 can be compiled for less (GANVAS_EMULATE_AVX512), to be tested on a processor without it.
-#if defined(__AVX512F__) || defined(GANVAS_EMULATE_AVX512)
-#define GANVAS_WIDE 1
+#if defined(__AVX512F__)
 constexpr int lanes = 16;
 #elif defined(__AVX__)
 constexpr int lanes = 8;
@@ -78,42 +76,22 @@ inline void stream_vector(bfloat16* destination, Vector value) {
     store_vector(destination, value);
 }
 
-#if GANVAS_WIDE
+#if defined(__AVX512F__)
 // The nearest bfloat16. Only where has_bfloat16_products().
 inline VectorHalves nearest_bfloat16(Vector value) {
     VectorHalves halves;
-#if defined(__AVX512F__)
     asm("vcvtneps2bf16 %1, %0" : "=v"(halves) : "v"(value));
-#else
-    bfloat16 rounded[lanes];
-    store_vector(rounded, value);
-    std::memcpy(&halves, rounded, sizeof halves);
-#endif
     return halves;
 }
 
 // sum + a·b of the pairs of 16-bit integers in each word. Only where has_int16_products().
 inline void add_int16_products(VectorInts& sum, VectorInts a, VectorInts b) {
-#if defined(__AVX512F__)
     asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
-#else
-    sum += (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
-#endif
 }
 
 // sum + a·b of the pairs of bfloat16 numbers in each word. Only where has_bfloat16_products().
 inline void add_bfloat16_products(Vector& sum, VectorInts a, VectorInts b) {
-#if defined(__AVX512F__)
     asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
-#else
-    const auto numbers = [](VectorInts words) {
-        Vector result;
-        std::memcpy(&result, &words, sizeof result);
-        return result;
-    };
-    constexpr std::int32_t high = static_cast<std::int32_t>(0xFFFF0000u);
-    sum += numbers(a << 16) * numbers(b << 16) + numbers(a & high) * numbers(b & high);
-#endif
 }
 #endif
 

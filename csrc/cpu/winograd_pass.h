@@ -171,8 +171,7 @@ void run_blocks(const Pass& pass, const Tiles& tiles, const Blocks& blocks, int 
                       parts.of(block, number));
             }
         }
-        if (to.streams) stream_fence();
-        finish_slice(parts, finish, thread, team);
+        finish_slice(to, parts, finish, thread, team);
     }
 }
 
@@ -250,8 +249,7 @@ void run_waves(const Pass& pass, const Tiles& tiles, const Blocks& blocks, int t
                           smaller(panel + u.width(panel), to.channels), m, parts.of(b, number));
             }
         }
-        if (to.streams) stream_fence();
-        finish_slice(parts, finish, thread, team);
+        finish_slice(to, parts, finish, thread, team);
     }
 }
 

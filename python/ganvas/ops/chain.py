@@ -241,7 +241,7 @@ class _ChainFunction(torch.autograd.Function):
             if native is None:
                 stages = _stages(layers, tensors, kept)
             else:
-                stages = restored_all(layers, tensors, kept, statistics, input.shape, ctx.groups)
+                stages = restored_all(layers, tensors, kept, statistics, ctx.groups)
             grads = run_backward(
                 grad_output, input, result, stages, layers, tensors, residual is not None, wants_input, wanted
             )

@@ -29,7 +29,7 @@ def call(input: Tensor, residual: Tensor | None, layers: Sequence[Layer], statis
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     output, moments, _ = ops.conv_bn_leaky_relu_chain(input, residual, *encoded, statistics_groups, keep)
     shape = input.shape
-    for layer, (mean, var, _, _) in zip(layers, moments_of(moments, layers, shape, statistics_groups)):
+    for layer, (mean, var, _, _) in zip(layers, moments_of(moments, layers, statistics_groups)):
         batch, _, height, width = layer.convolved_shape(shape)
         running_mean, running_var = layer.running_mean, layer.running_var
         if layer.batch_statistics and layer.momentum and running_mean is not None and running_var is not None:
@@ -92,7 +92,7 @@ def _backward(
     asked = iter(wanted)
     of_tensors = [tensor is not None and next(asked) for tensor in tensors]
     kept = list(_kept(layers, stored))
-    groups = moments.numel() // (4 * sum(layer.geometry.out_channels(layer.weight.shape) for layer in layers))
+    groups = moments.numel() // (4 * sum(layer.out_channels for layer in layers))
     chain, found = _native_chain(input, parameters, integers, reals, groups), None
     if chain is not None:
         found = chain.backward(
@@ -100,7 +100,7 @@ def _backward(
             wants_input, of_tensors,
         )  # fmt: skip
     if found is None:
-        stages = restored_all(layers, tensors, kept, moments, input.shape, groups)
+        stages = restored_all(layers, tensors, kept, moments, groups)
         found = run_backward(grad_output, input, output, stages, layers, tensors, residual, wants_input, of_tensors)
         of_input = None if found.input is None else checks.channels_last(found.input)
         of_parameters = [_laid_out_like(tensor, gradient) for tensor, gradient in zip(tensors, found.tensors)]

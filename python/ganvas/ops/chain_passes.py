@@ -70,7 +70,6 @@ def restored_all(
     tensors: Sequence[Tensor | None],
     kept: Sequence[Tensor | None],
     moments: Tensor,
-    input: torch.Size,
     groups: int,
 ) -> list[Stage]:
     """The stages, of what a chain in one call leaves.
@@ -78,11 +77,11 @@ def restored_all(
     Args:
         kept: of each layer what was stored, what was pooled of it, and the winners.
         moments: see :func:`ganvas.ops.layers.moments_of`.
-    """  # fmt: skip
+    """
     return [
         restored(layer, own, kept[3 * i], scale, shift, mean, var, *kept[3 * i + 1 : 3 * i + 3])  # type: ignore[arg-type]
         for i, (layer, own, (mean, var, scale, shift)) in enumerate(
-            zip(layers, by_layer(tensors), moments_of(moments, layers, input, groups))
+            zip(layers, by_layer(tensors), moments_of(moments, layers, groups))
         )
     ]
 

@@ -28,7 +28,7 @@ class Geometry(NamedTuple):
         if self.upsampled:
             height, width = 2 * height, 2 * width
         height, width = self._output_side(0, height, weight[2]), self._output_side(1, width, weight[3])
-        return torch.Size((batch, weight[1] * self.groups if self.transposed else weight[0], height, width))
+        return torch.Size((batch, self.out_channels(weight), height, width))
 
     def _output_side(self, axis: int, side: int, kernel: int) -> int:
         stride, reach = self.stride[axis], self.dilation[axis] * (kernel - 1) - 2 * self.padding[axis]

@@ -80,6 +80,10 @@ class Layer:
             mean = var = None
         return mean, var, self.batches if self.batch_statistics else None
 
+    @property
+    def out_channels(self) -> int:
+        return self.geometry.out_channels(self.weight.shape)
+
     def convolved_shape(self, input: torch.Size) -> torch.Size:
         """Of an input's shape (N, Cin, H, W); sides below 1 where a kernel does not fit."""
         return self.geometry.output_shape(input, self.weight.shape)
@@ -94,14 +98,13 @@ class Layer:
         return self.pooled_shape(self.convolved_shape(input))
 
 
-def moments_of(moments: Tensor, layers: Sequence[Layer], input: torch.Size, groups: int) -> Iterator[Tensor]:
-    """Of each layer mean, var, scale and shift, (4, G, C), from one piece of memory; ``input`` is the first one's."""
+def moments_of(moments: Tensor, layers: Sequence[Layer], groups: int) -> Iterator[Tensor]:
+    """Of each layer mean, var, scale and shift, (4, G, C), from one piece of memory."""
     begin = 0
     for layer in layers:
-        channels = layer.convolved_shape(input)[1]
-        end = begin + 4 * groups * channels
-        yield moments[begin:end].view(4, groups, channels)
-        begin, input = end, layer.output_shape(input)
+        end = begin + 4 * groups * layer.out_channels
+        yield moments[begin:end].view(4, groups, layer.out_channels)
+        begin = end
 
 
 def by_layer(tensors: Sequence[Tensor | None]) -> list[Tensors]:

@@ -119,16 +119,16 @@ def _empty_pixels(shape: torch.Size, like: Tensor, dtype: torch.dtype | None = N
 @torch.library.register_fake("ganvas::conv_bn_leaky_relu_chain", lib=library)
 def _(input, residual, parameters, statistics, integers, reals, statistics_groups, keep):
     layers, shape = decode(parameters, None, integers, reals), input.shape
-    channels, stored = 0, []
+    stored = []
     for i, layer in enumerate(layers, 1):
         convolved, shape, is_last = layer.convolved_shape(shape), layer.output_shape(shape), i == len(layers)
-        channels += convolved[1]
         if keep and not (is_last and layer.is_bare):
             stored.append(_empty_pixels(convolved, input))
         if keep and layer.max_pool and not is_last:
             stored.append(_empty_pixels(shape, input))
         if keep and layer.max_pool:
             stored.append(_empty_pixels(shape, input, torch.uint8))
+    channels = sum(layer.out_channels for layer in layers)
     moments = input.new_empty((4 * statistics_groups * channels,), dtype=torch.float32)
     return _empty_pixels(shape, input), moments, stored
 
