@@ -380,22 +380,22 @@ void gather(Pass pass, int threads, Finish finish) {
     const std::size_t coefficient_bytes = floats(pass.groups * pass.from.coefficient_floats());
     const std::size_t row_bytes = floats(packed ? 0 : blocks.rows * width);
     const std::size_t room = row_bytes + floats(blocks.rows * products_row);
-    Workspace workspace(weight_bytes + Workspace::padded(sum_bytes) + coefficient_bytes +
-                        room * static_cast<std::size_t>(threads));
+    Workspace workspace(weight_bytes + Workspace::padded(sum_bytes) + coefficient_bytes);
+    const ThreadWorkspaces scratch(room, threads);
     float* const weight = static_cast<float*>(workspace.take(weight_bytes));
     const PartSums<PixelBlocks> sums{blocks, to.channels, static_cast<double*>(workspace.take(sum_bytes))};
     pass.from.set_coefficients(static_cast<float*>(workspace.take(coefficient_bytes)), pass.groups);
-    char* const scratch = static_cast<char*>(workspace.take(room * static_cast<std::size_t>(threads)));
     const PackWords pack = pack_words_of<packing>(pass.dtype, pass.from.source.pixels);
     const WriteRows write = pass.write();
     const auto panel_width = [&](Index panel) { return smaller(tile_columns, columns - panel); };
     const bool by_channels = elements == Elements::floats && kernel.lies_by_channels();
     const Index pieces = by_channels ? ceiling(depth, strip) : taps;
+    Shares shares(blocks.count * splits, threads);
 
 #pragma omp parallel num_threads(threads)
     {
         const Index thread = omp_get_thread_num(), team = omp_get_num_threads();
-        char* const own = scratch + static_cast<std::size_t>(thread) * room;
+        char* const own = scratch.of(thread);
         float* const rows = reinterpret_cast<float*>(own);
         float* const products = reinterpret_cast<float*>(own + row_bytes);
 #pragma omp for schedule(static)
@@ -409,8 +409,7 @@ void gather(Pass pass, int threads, Finish finish) {
                 pack_tap<elements>(kernel, piece, panel, panel_columns,
                                    words + piece * (channels / numbers) * panel_columns);
         }
-#pragma omp for schedule(dynamic, 1)
-        for (Index item = 0; item < blocks.count * splits; ++item) {
+        for (Index item; (item = shares.take(thread)) >= 0;) {
             const Index block = item / splits, split = item % splits;
             const Index first = blocks.first(block), count = blocks.last(block) - first;
             const Index split_begin = split * split_columns, split_end = smaller(columns, split_begin + split_columns);
@@ -428,7 +427,7 @@ void gather(Pass pass, int threads, Finish finish) {
                         static_cast<const char*>(pass.from.source.pixels.stored) + first * pixel_bytes;
                     p.a = reinterpret_cast<const float*>(pixel);
                     p.a_row = depth;
-                    expect_pixels(pixel + team * count * pixel_bytes, count * pixel_bytes);
+                    expect_pixels(pixel + count * pixel_bytes, count * pixel_bytes);
                 } else {
                     pack(pass.from, first, count, k * numbers, (k + p.depth) * numbers, rows, width);
                 }
@@ -446,6 +445,7 @@ void gather(Pass pass, int threads, Finish finish) {
             }
             if (!whole) write_strips(split_begin, split_end);
         }
+#pragma omp barrier
         finish_slice(to, sums, finish, thread, team);
     }
 }
@@ -469,17 +469,17 @@ void gather_few(Pass pass, int threads, Finish finish) {
     const std::size_t sum_bytes = PartSums<PixelBlocks>::bytes(blocks, to.channels);
     const std::size_t coefficient_bytes = floats(pass.groups * pass.from.coefficient_floats());
     const std::size_t row_bytes = floats((blocks.rows + 1) * width), room = row_bytes + floats(blocks.rows * dot_strip);
-    Workspace workspace(Workspace::padded(sum_bytes) + coefficient_bytes + room * static_cast<std::size_t>(threads));
+    Workspace workspace(Workspace::padded(sum_bytes) + coefficient_bytes);
+    const ThreadWorkspaces scratch(room, threads);
     const PartSums<PixelBlocks> sums{blocks, to.channels, static_cast<double*>(workspace.take(sum_bytes))};
     pass.from.set_coefficients(static_cast<float*>(workspace.take(coefficient_bytes)), pass.groups);
-    char* const scratch = static_cast<char*>(workspace.take(room * static_cast<std::size_t>(threads)));
     const PackWords pack = pack_words_of<Packing::floats>(pass.dtype, pass.from.source.pixels);
     const WriteRows write = pass.write();
 
 #pragma omp parallel num_threads(threads)
     {
         const Index thread = omp_get_thread_num(), team = omp_get_num_threads();
-        char* const own = scratch + static_cast<std::size_t>(thread) * room;
+        char* const own = scratch.of(thread);
         float* const rows = reinterpret_cast<float*>(own);
         float* const products = reinterpret_cast<float*>(own + row_bytes);
         Index packed = -1;  // the block whose rows these are
@@ -558,26 +558,25 @@ void scatter(Pass pass, int threads, Finish finish) {
     const std::size_t row_bytes = floats(packed ? 0 : most * width);
     const std::size_t product_bytes = larger(floats(most * columns), number_bytes);
     const std::size_t room = row_bytes + product_bytes + floats(bands.rows * row_floats + lanes);
-    Workspace workspace(weight_bytes + Workspace::padded(sum_bytes) + coefficient_bytes +
-                        room * static_cast<std::size_t>(threads));
+    Workspace workspace(weight_bytes + Workspace::padded(sum_bytes) + coefficient_bytes);
+    const ThreadWorkspaces scratch(room, threads);
     float* const weight = static_cast<float*>(workspace.take(weight_bytes));
     const PartSums<Bands> sums{bands, to.channels, static_cast<double*>(workspace.take(sum_bytes))};
     pass.from.set_coefficients(static_cast<float*>(workspace.take(coefficient_bytes)), pass.groups);
-    char* const scratch = static_cast<char*>(workspace.take(room * static_cast<std::size_t>(threads)));
     const PackWords pack = pack_words_of<packing>(pass.dtype, plain.source.pixels);
     const WriteRows write = pass.write();
+    Shares shares(bands.count, threads);
 
 #pragma omp parallel num_threads(threads)
     {
         const Index thread = omp_get_thread_num(), team = omp_get_num_threads();
-        char* const own = scratch + static_cast<std::size_t>(thread) * room;
+        char* const own = scratch.of(thread);
         float* const rows = reinterpret_cast<float*>(own);
         float* const products = reinterpret_cast<float*>(own + row_bytes);
         float* const band_pixels = reinterpret_cast<float*>(own + row_bytes + product_bytes);
 #pragma omp for schedule(static)
         for (Index k = 0; k < channels; k += lanes) pack_columns<elements>(kernel, k, depth, products, weight);
-#pragma omp for schedule(dynamic, 1)
-        for (Index band = 0; band < bands.count; ++band) {
+        for (Index band; (band = shares.take(thread)) >= 0;) {
             const Index top = bands.top(band), bottom = bands.bottom(band);
             __builtin_memset(band_pixels, 0, static_cast<std::size_t>((bottom - top) * row_floats) * sizeof(float));
             const Span meeting = window.y.meeting(top, bottom, plain.height);
@@ -604,6 +603,7 @@ void scatter(Pass pass, int threads, Finish finish) {
                 write(to, bands.group(band), bands.first(band), (bottom - top) * to.width, begin,
                       smaller(begin + strip, to.channels), band_pixels + begin, to.channels, sums.of(band));
         }
+#pragma omp barrier
         finish_slice(to, sums, finish, thread, team);
     }
 }
@@ -809,19 +809,20 @@ void weight_gradient(const ConvolutionBackwardWeight& args, const Relation& rela
     const std::size_t window_bytes = floats(s.groups * pass.windows.coefficient_floats());
     const std::size_t left_bytes = floats(pass.packed ? 0 : cut.left_words());
     const std::size_t room = left_bytes + floats(cut.words() * right_pitch);
-    Workspace workspace(gradient_bytes_of_all + plain_bytes + window_bytes + room * static_cast<std::size_t>(threads));
+    Workspace workspace(gradient_bytes_of_all + plain_bytes + window_bytes);
+    const ThreadWorkspaces scratch(room, threads);
     float* const gradient = static_cast<float*>(workspace.take(gradient_bytes_of_all));
     pass.plain.set_coefficients(static_cast<float*>(workspace.take(plain_bytes)), s.groups);
     pass.windows.set_coefficients(static_cast<float*>(workspace.take(window_bytes)), s.groups);
-    char* const scratch = static_cast<char*>(workspace.take(room * static_cast<std::size_t>(threads)));
+    Shares shares(cut.parts * cut.row_splits * cut.column_splits, threads);
 
 #pragma omp parallel num_threads(threads)
     {
-        char* const own = scratch + static_cast<std::size_t>(omp_get_thread_num()) * room;
+        const Index thread = omp_get_thread_num();
+        char* const own = scratch.of(thread);
         float* const left = reinterpret_cast<float*>(own);
         float* const right = reinterpret_cast<float*>(own + left_bytes);
-#pragma omp for schedule(dynamic, 1)
-        for (Index item = 0; item < cut.parts * cut.row_splits * cut.column_splits; ++item) {
+        for (Index item; (item = shares.take(thread)) >= 0;) {
             const Index part = item / (cut.row_splits * cut.column_splits);
             const Index row = item / cut.column_splits % cut.row_splits * cut.split_rows;
             const Index column = item % cut.column_splits * cut.split_columns;
@@ -829,6 +830,7 @@ void weight_gradient(const ConvolutionBackwardWeight& args, const Relation& rela
                    smaller(cut.columns, column + cut.split_columns), left, right,
                    gradient + part * part_floats + row * cut.columns);
         }
+#pragma omp barrier
 #pragma omp for schedule(static)
         for (Index row = 0; row < cut.rows; ++row)
             join_parts(kernel, args.grad_weight, row, gradient + row * cut.columns, cut.parts, part_floats);

@@ -86,12 +86,11 @@ void matrix_product(const MatrixProduct& args, int threads) {
     const auto floats = [](Index count) { return Workspace::padded(static_cast<std::size_t>(count) * sizeof(float)); };
     const std::size_t a_bytes = floats(depth_block * height), b_bytes = floats(depth_block * tile_columns);
     const std::size_t own = a_bytes + b_bytes + floats(cut.row_block * cut.column_block);
-    Workspace workspace(own * static_cast<std::size_t>(threads));
-    char* const scratch = static_cast<char*>(workspace.take(own * static_cast<std::size_t>(threads)));
+    const ThreadWorkspaces scratch(own, threads);
 
 #pragma omp parallel num_threads(threads)
     {
-        char* const mine = scratch + static_cast<std::size_t>(omp_get_thread_num()) * own;
+        char* const mine = scratch.of(omp_get_thread_num());
         float* const a = reinterpret_cast<float*>(mine);
         float* const b = reinterpret_cast<float*>(mine + a_bytes);
         float* const c = reinterpret_cast<float*>(mine + a_bytes + b_bytes);

@@ -34,6 +34,30 @@ int team_size(std::int64_t bytes_touched, int threads) {
     return static_cast<int>(std::clamp<std::int64_t>(bytes_touched / bytes_per_thread, 1, std::max(threads, 1)));
 }
 
+struct alignas(64) Shares::Share {
+    std::atomic<std::int64_t> next;
+    std::int64_t end;
+};
+
+Shares::Shares(std::int64_t count, int threads) : threads_(threads), shares_(new Share[threads]) {
+    for (std::int64_t thread = 0; thread < threads; ++thread) {
+        shares_[thread].next = count * thread / threads;
+        shares_[thread].end = count * (thread + 1) / threads;
+    }
+}
+
+Shares::~Shares() = default;
+
+std::int64_t Shares::take(std::int64_t thread) {
+    for (std::int64_t i = 0; i < threads_; ++i) {
+        Share& share = shares_[(thread + i) % threads_];
+        if (share.next.load(std::memory_order_relaxed) >= share.end) continue;
+        const std::int64_t number = share.next.fetch_add(1, std::memory_order_relaxed);
+        if (number < share.end) return number;
+    }
+    return -1;
+}
+
 std::int64_t cache_bytes() {
     static const std::int64_t bytes = [] {
         std::int64_t found = shared_cache_bytes();

@@ -2,12 +2,28 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 
 namespace ganvas::cpu {
 
 // The number of threads to open a team with: at most `threads`, one where the work is not worth waking a second for,
 // and one in a forked child: libgomp's threads do not survive fork, and a team there would wait for them forever.
 int team_size(std::int64_t bytes_touched, int threads);
+
+// Numbers 0 to count - 1, handed out one by one to the threads of a team. Each takes those of its own share first,
+// which is the same from pass to pass: what it wrote of them may still lie in its cache. Then it takes what others have
+// left.
+class Shares {
+  public:
+    Shares(std::int64_t count, int threads);
+    ~Shares();
+    std::int64_t take(std::int64_t thread);  // -1 where none is left
+
+  private:
+    struct Share;
+    std::int64_t threads_;
+    std::unique_ptr<Share[]> shares_;
+};
 
 // Memory traffic above this many bytes goes past the cache: nothing of it would still be there when it is read again.
 std::int64_t cache_bytes();

@@ -191,6 +191,10 @@ struct Right {
         const Index count = integers ? phases * frequencies * columns : 0;
         return Workspace::padded(static_cast<std::size_t>(count) * sizeof(float));
     }
+    void place(char* at) {
+        values = reinterpret_cast<float*>(at);
+        scales = reinterpret_cast<float*>(at + bytes());
+    }
     Index width(Index panel) const { return smaller(tile_columns, columns - panel); }
     float* at(Index phase, Index f, Index panel, Index word) const {
         return values + (phase * frequencies + f) * frequency + panel * words + word * width(panel);

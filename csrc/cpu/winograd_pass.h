@@ -21,6 +21,8 @@ constexpr Index block_input_bytes = 384 << 10;  // of the transformed input of a
 constexpr Index block_tiles_least = 16;
 constexpr Index block_tiles_most = 48;
 constexpr Index integer_columns_least = 48;     // output channels: below, rounding the input costs more than it saves
+constexpr Index own_weight_bytes = 640 << 10;   // of a transformed weight that each thread makes for itself: it costs
+                                                // less than to fetch what another core has written
 constexpr Index wave_weight_bytes = 8 << 20;    // of a phase's transformed weight: from here on waves are faster for
 constexpr Index wave_tiles_most = 96;           // so few tiles, and for any where it takes half of the shared cache
 constexpr Index wave_output_bytes = 900 << 10;  // of the products that a thread has in its cache
@@ -104,7 +106,7 @@ inline void multiply(const Left<integers>& v, const Transformed& m, Index f, Spa
 }
 
 // Each thread takes a block of tiles through transform, products and inverse transform while it lies in its cache. The
-// transformed weight is made first and shared.
+// transformed weight is made first; a large one is shared.
 template <int taps, int step, bool integers, class Finish>
 void run_blocks(const Pass& pass, const Tiles& tiles, const Blocks& blocks, int threads, Finish finish) {
     constexpr Index frequencies = points_of<taps> * points_of<taps>;
@@ -119,37 +121,46 @@ void run_blocks(const Pass& pass, const Tiles& tiles, const Blocks& blocks, int 
     Transformed m(frequencies, blocks.room, smaller(block_columns, split_columns));
     Right<taps, step, integers> u(pass.walk.taps, columns, pass.walk.phase_count);
     const std::size_t sum_bytes = Parts::bytes(pass, blocks);
+    const std::size_t u_bytes = u.bytes() + u.scale_bytes();
+    const bool shares_weight = u_bytes > own_weight_bytes;
     const std::size_t room = v.bytes() + v.segment_bytes() + Workspace::padded(m.bytes());
-    Workspace workspace(u.bytes() + u.scale_bytes() + Workspace::padded(sum_bytes) +
-                        room * static_cast<std::size_t>(threads));
-    u.values = static_cast<float*>(workspace.take(u.bytes()));
-    u.scales = static_cast<float*>(workspace.take(u.scale_bytes()));
+    Workspace workspace((shares_weight ? u_bytes : 0) + Workspace::padded(sum_bytes));
+    const ThreadWorkspaces scratch(room + (shares_weight ? 0 : u_bytes), threads);
+    if (shares_weight) u.place(static_cast<char*>(workspace.take(u_bytes)));
     const Parts parts{pass, tiles, blocks, static_cast<double*>(workspace.take(sum_bytes))};
-    char* const scratch = static_cast<char*>(workspace.take(room * static_cast<std::size_t>(threads)));
+    Shares shares(phased_blocks * splits, threads);
     const TransformSegment transform = transform_of<taps, step>(pass.dtype, activation_of(pass.source.pixels));
     const WriteBlock write = write_of<taps>(pass.dtype, pass.kind);
 
-#pragma omp parallel num_threads(threads) firstprivate(v, m)
+#pragma omp parallel num_threads(threads) firstprivate(v, m, u)
     {
         const Index thread = omp_get_thread_num(), team = omp_get_num_threads();
-        char* const own = scratch + static_cast<std::size_t>(thread) * room;
+        char* const own = scratch.of(thread);
         v.place(own, own + v.bytes());
         m.values = reinterpret_cast<float*>(own + v.bytes() + v.segment_bytes());
-        if constexpr (integers) {
-#pragma omp for schedule(static)
-            for (Index item = 0; item < pass.walk.phase_count * panels; ++item)
-                u.measure(item / panels, pass.walk.phases[item / panels].weight, item % panels * tile_columns);
-        }
         const Index pieces = ceiling(u.words, lanes);
-#pragma omp for schedule(static)
-        for (Index item = 0; item < pass.walk.phase_count * panels * pieces; ++item) {
+        const auto measure = [&](Index item) {
+            u.measure(item / panels, pass.walk.phases[item / panels].weight, item % panels * tile_columns);
+        };
+        const auto fill = [&](Index item) {
             const Index phase = item / (pieces * panels), panel = item / pieces % panels * tile_columns;
             const Index k = item % pieces * lanes;
             u.fill(phase, pass.walk.phases[phase].weight, panel, k, smaller(u.words, k + lanes),
                    u.at(phase, 0, panel, k), u.frequency);
+        };
+        const Index scale_items = integers ? pass.walk.phase_count * panels : 0;
+        const Index weight_items = pass.walk.phase_count * panels * pieces;
+        if (shares_weight) {
+#pragma omp for schedule(static)
+            for (Index item = 0; item < scale_items; ++item) measure(item);
+#pragma omp for schedule(static)
+            for (Index item = 0; item < weight_items; ++item) fill(item);
+        } else {
+            u.place(own + room);
+            for (Index item = 0; item < scale_items; ++item) measure(item);
+            for (Index item = 0; item < weight_items; ++item) fill(item);
         }
-#pragma omp for schedule(dynamic, 1)
-        for (Index item = 0; item < phased_blocks * splits; ++item) {
+        for (Index item; (item = shares.take(thread)) >= 0;) {
             const Index split = item % splits, part = item / splits;
             const Index block = part / pass.walk.phase_count, number = part % pass.walk.phase_count;
             const Phase& phase = pass.walk.phases[number];
@@ -171,6 +182,7 @@ void run_blocks(const Pass& pass, const Tiles& tiles, const Blocks& blocks, int 
                       parts.of(block, number));
             }
         }
+#pragma omp barrier
         finish_slice(to, parts, finish, thread, team);
     }
 }
@@ -196,12 +208,11 @@ void run_waves(const Pass& pass, const Tiles& tiles, const Blocks& blocks, int t
     const std::size_t v_bytes = v.bytes() * static_cast<std::size_t>(pass.walk.phase_count);
     const std::size_t sum_bytes = Parts::bytes(pass, blocks);
     const std::size_t own_bytes = v.segment_bytes() + Workspace::padded(m.bytes()) + Workspace::padded(u_bytes);
-    Workspace workspace(v_bytes + u.scale_bytes() + Workspace::padded(sum_bytes) +
-                        own_bytes * static_cast<std::size_t>(threads));
+    Workspace workspace(v_bytes + u.scale_bytes() + Workspace::padded(sum_bytes));
+    const ThreadWorkspaces scratch(own_bytes, threads);
     char* const inputs = static_cast<char*>(workspace.take(v_bytes));
     u.scales = static_cast<float*>(workspace.take(u.scale_bytes()));
     const Parts parts{pass, tiles, blocks, static_cast<double*>(workspace.take(sum_bytes))};
-    char* const scratch = static_cast<char*>(workspace.take(own_bytes * static_cast<std::size_t>(threads)));
     const TransformSegment transform = transform_of<taps, step>(pass.dtype, activation_of(pass.source.pixels));
     const WriteBlock write = write_of<taps>(pass.dtype, pass.kind);
     const Index panels = ceiling(columns, tile_columns);
@@ -209,7 +220,7 @@ void run_waves(const Pass& pass, const Tiles& tiles, const Blocks& blocks, int t
 #pragma omp parallel num_threads(threads) firstprivate(m)
     {
         const Index thread = omp_get_thread_num(), team = omp_get_num_threads();
-        char* const own = scratch + static_cast<std::size_t>(thread) * own_bytes;
+        char* const own = scratch.of(thread);
         m.values = reinterpret_cast<float*>(own + v.segment_bytes());
         float* const piece = reinterpret_cast<float*>(own + v.segment_bytes() + Workspace::padded(m.bytes()));
         const auto input_of = [&](Index phase) {

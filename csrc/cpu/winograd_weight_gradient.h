@@ -129,20 +129,22 @@ void weight_gradient(const WeightGradient& args, Index images, int threads) {
     const Index u_frequency = v.words.width * d.words.width + stagger, pieces = v.words.chunks * d.words.chunks;
     const bool at_once = !apart && waves == 1 && pieces >= threads;
     const std::size_t u_bytes = Workspace::padded(static_cast<std::size_t>(frequencies * u_frequency) * sizeof(float));
-    const std::size_t u_room = u_bytes * static_cast<std::size_t>(at_once ? threads : parties * pieces);
+    const std::size_t u_room = u_bytes * static_cast<std::size_t>(at_once ? 1 : pieces);
     const std::size_t factor_bytes = v.bytes() + d.bytes();
     const std::size_t part_bytes = integers ? Workspace::padded(v.part.bytes()) : 0;
-    Workspace workspace(factor_bytes * static_cast<std::size_t>(parties) + u_room +
-                        part_bytes * static_cast<std::size_t>(threads));
-    char* const factors = static_cast<char*>(workspace.take(factor_bytes * static_cast<std::size_t>(parties)));
-    char* const u = static_cast<char*>(workspace.take(u_room));
-    char* const parts = static_cast<char*>(workspace.take(part_bytes * static_cast<std::size_t>(threads)));
+    // What a party has, and what a thread has of its own: the same where parties are threads.
+    Workspace workspace((apart ? 0 : factor_bytes) + (apart || at_once ? 0 : u_room));
+    const ThreadWorkspaces scratch(part_bytes + (apart ? factor_bytes : 0) + (apart || at_once ? u_room : 0), threads);
+    char* const shared_factors = apart ? nullptr : static_cast<char*>(workspace.take(factor_bytes));
+    char* const shared_u = apart || at_once ? nullptr : static_cast<char*>(workspace.take(u_room));
     const TransformSegment transform = transform_of<taps, step>(args.dtype, activation_of(args.source.pixels));
     const TransformOutputSegment transform_output =
         transform_output_of<taps>(args.dtype, activation_of(args.destination.pixels));
 
-    const auto piece_of = [&](Index number) {
-        return reinterpret_cast<float*>(u + u_bytes * static_cast<std::size_t>(number));
+    const auto factors_of = [&](Index party) { return apart ? scratch.of(party) + part_bytes : shared_factors; };
+    const auto piece_of = [&](Index owner, Index piece) {
+        char* const u = shared_u ? shared_u : scratch.of(owner) + part_bytes + (apart ? factor_bytes : 0);
+        return reinterpret_cast<float*>(u + u_bytes * static_cast<std::size_t>(piece));
     };
     // Takes a run of the wave through transform_run(segment, to, tile, begin, end).
     const auto take = [&](const Wave<integers>& of, const Factor<integers>& factor, Index run, Index channels,
@@ -151,7 +153,7 @@ void weight_gradient(const WeightGradient& args, Index images, int threads) {
         const Order& order = of.order_of(run);
         if constexpr (integers) {
             Transformed part = factor.part;
-            part.values = reinterpret_cast<float*>(parts + part_bytes * static_cast<std::size_t>(omp_get_thread_num()));
+            part.values = reinterpret_cast<float*>(scratch.of(omp_get_thread_num()));
             const Index stretch = factor.part_width / phases;
             for (Index c = 0; c < channels; c += stretch) {
                 const Index end = smaller(channels, c + stretch);
@@ -203,8 +205,8 @@ void weight_gradient(const WeightGradient& args, Index images, int threads) {
         const Index begin = row * d.words.width, end = begin + lanes * d.words.width;
         for (Index party = 1; party < parties; ++party)
             for (Index f = 0; f < frequencies; ++f) {
-                float* const sums = piece_of(piece) + f * u_frequency;
-                const float* const others = piece_of(party * pieces + piece) + f * u_frequency;
+                float* const sums = piece_of(0, piece) + f * u_frequency;
+                const float* const others = piece_of(party, piece) + f * u_frequency;
                 for (Index i = begin; i < end; i += lanes)
                     store_vector(sums + i, load_vector(sums + i) + load_vector(others + i));
             }
@@ -230,9 +232,8 @@ void weight_gradient(const WeightGradient& args, Index images, int threads) {
             }
         };
         for (Index party = apart ? thread : 0; party < parties; party += apart ? team : 1) {
-            char* const own = factors + factor_bytes * static_cast<std::size_t>(party);
-            of.v.place(own);
-            of.d.place(own + v.bytes());
+            of.v.place(factors_of(party));
+            of.d.place(factors_of(party) + v.bytes());
             const Index begin = runs.count * party / parties, end = runs.count * (party + 1) / parties;
             for (Index first = begin; first < end; first += wave) {
                 of.begin(tiles, runs, first, smaller(end, first + wave));
@@ -248,13 +249,13 @@ void weight_gradient(const WeightGradient& args, Index images, int threads) {
                 });
                 if (at_once) {
                     for_each(0, pieces, [&](Index piece) {
-                        for (Index f = 0; f < frequencies; ++f) multiply(of, piece, f, false, piece_of(thread));
-                        write(piece, 0, v.words.width, piece_of(thread));
+                        for (Index f = 0; f < frequencies; ++f) multiply(of, piece, f, false, piece_of(thread, 0));
+                        write(piece, 0, v.words.width, piece_of(thread, 0));
                     });
                 } else {
                     for_each(0, pieces * frequencies, [&](Index item) {
                         const Index piece = item / frequencies;
-                        multiply(of, piece, item % frequencies, first > begin, piece_of(party * pieces + piece));
+                        multiply(of, piece, item % frequencies, first > begin, piece_of(party, piece));
                     });
                 }
             }
@@ -265,7 +266,7 @@ void weight_gradient(const WeightGradient& args, Index images, int threads) {
             for (Index row = 0; row < pieces * v.words.width; row += lanes) {
                 const Index piece = row / v.words.width, from = row % v.words.width;
                 join(piece, from);
-                write(piece, from, from + lanes, piece_of(piece));
+                write(piece, from, from + lanes, piece_of(0, piece));
             }
         }
     }

@@ -17,6 +17,7 @@ constexpr std::size_t held_limit = std::size_t{1} << 30;
 struct Block {
     std::byte* begin;
     std::size_t bytes;
+    int thread;
 };
 
 struct Pool {
@@ -33,14 +34,15 @@ Pool& pool() {
 
 }  // namespace
 
-Workspace::Workspace(std::size_t bytes) {
+Workspace::Workspace(std::size_t bytes, int thread) : bytes_(0), thread_(thread) {
+    if (bytes == 0) return;
     {
         Pool& p = pool();
         const std::lock_guard lock(p.mutex);
         // The smallest that is large enough; not one far too large, which another call may want.
         auto best = p.free.end();
         for (auto block = p.free.begin(); block != p.free.end(); ++block)
-            if (block->bytes >= bytes && block->bytes / 8 <= bytes + page &&
+            if (block->thread == thread && block->bytes >= bytes && block->bytes / 8 <= bytes + page &&
                 (best == p.free.end() || block->bytes < best->bytes))
                 best = block;
         if (best != p.free.end()) {
@@ -58,10 +60,11 @@ Workspace::Workspace(std::size_t bytes) {
 
 // Past the limit the pool starts afresh: what lies idle is of sizes that are no longer asked for.
 Workspace::~Workspace() {
+    if (!begin_) return;
     if (workspace_bytes_held() + bytes_ > held_limit) release_workspace();
     Pool& p = pool();
     const std::lock_guard lock(p.mutex);
-    p.free.push_back({begin_, bytes_});
+    p.free.push_back({begin_, bytes_, thread_});
     p.held += bytes_;
 }
 
@@ -73,6 +76,17 @@ void* Workspace::take(std::size_t bytes) {
 
 std::size_t Workspace::padded(std::size_t bytes) {
     return (bytes + line - 1) / line * line;
+}
+
+ThreadWorkspaces::ThreadWorkspaces(std::size_t bytes, int threads) {
+    for (int thread = 0; thread < threads; ++thread)
+        begins_.push_back(static_cast<char*>(blocks_.emplace_back(bytes, thread).take(bytes)));
+}
+
+ThreadWorkspaces::~ThreadWorkspaces() = default;
+
+char* ThreadWorkspaces::of(std::int64_t thread) const {
+    return begins_[static_cast<std::size_t>(thread)];
 }
 
 std::size_t workspace_bytes_held() {

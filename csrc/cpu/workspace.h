@@ -3,13 +3,19 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <deque>
+#include <vector>
 
 namespace ganvas::cpu {
 
 // A block of the pool, handed back when this object ends. Contents are whatever the last user left. Thread-safe.
 class Workspace {
   public:
-    explicit Workspace(std::size_t bytes);  // throws std::bad_alloc
+    static constexpr int shared = -1;
+
+    // For all threads of a team, or for one of them: that is a block which no other has written to, so that none of its
+    // lines lies in another core's cache. Throws std::bad_alloc.
+    explicit Workspace(std::size_t bytes, int thread = shared);
     ~Workspace();
     Workspace(const Workspace&) = delete;
     Workspace& operator=(const Workspace&) = delete;
@@ -19,9 +25,22 @@ class Workspace {
     static std::size_t padded(std::size_t bytes);
 
   private:
-    std::byte* begin_;
+    std::byte* begin_ = nullptr;
     std::size_t bytes_;
     std::size_t used_ = 0;
+    int thread_;
+};
+
+// So many bytes for each thread of a team.
+class ThreadWorkspaces {
+  public:
+    ThreadWorkspaces(std::size_t bytes, int threads);  // throws std::bad_alloc
+    ~ThreadWorkspaces();
+    char* of(std::int64_t thread) const;
+
+  private:
+    std::deque<Workspace> blocks_;
+    std::vector<char*> begins_;
 };
 
 // Bytes that the pool holds for later calls, and giving them back to the system.
