@@ -15,7 +15,7 @@ inline Index smaller(Index a, Index b) {
 inline Index larger(Index a, Index b) {
     return a > b ? a : b;
 }
-inline Index ceiling(Index a, Index b) {
+constexpr Index ceiling(Index a, Index b) {
     return (a + b - 1) / b;
 }
 inline Index clamped(Index value, Index least, Index most) {

@@ -23,7 +23,7 @@ typedef std::int32_t VectorInts __attribute__((vector_size(lanes * 4)));
 typedef std::uint16_t VectorHalves __attribute__((vector_size(lanes * 2)));
 
 // `count` numbers fill vectors of so many.
-inline Index whole_vectors(Index count) {
+constexpr Index whole_vectors(Index count) {
     return ceiling(count, lanes) * lanes;
 }
 

@@ -1,19 +1,22 @@
 // The factors of the products, as floats or as 16-bit integers with scales. Of integers on the left each row, a tile,
-// has a scale of its own in every frequency, on the right each column; the largest value becomes the largest integer,
-// so that rounding is relative to a tile's or a column's own size. They take half the time where the processor adds up
-// products of pairs in one instruction, and serve tensors whose own rounding is coarser. Included by kernel sources
-// only.
+// has a scale of its own in every frequency, on the right each column, so that rounding is relative to a tile's or a
+// column's own size. They take half the time where the processor adds up products of pairs in one instruction, and
+// serve tensors whose own rounding is coarser. Included by kernel sources only.
 #pragma once
 
+#include <limits>
+
+#include "winograd_input.h"
 #include "winograd_weight.h"
 #include "workspace.h"
 
 namespace ganvas::cpu::GANVAS_ISA {
 
-// integer_slice·2·left_limit·right_limit < 2³¹: no sum overflows, whatever the factors.
-constexpr float left_limit = 8191.0f, right_limit = 4095.0f;
-constexpr Index integer_slice = 32;      // words, terms of a sum that are added up as integers
-constexpr float least_largest = 1e-33f;  // so that no scale's reciprocal overflows
+constexpr Index integer_slice = 32;  // words, terms of a sum that are added up as integers
+// left_limit·(right_sum_limit + integer_slice) < 2³¹: no sum overflows, whatever the factors. The right ones of a slice
+// add up to no more than their limit, but for their rounding.
+constexpr float left_limit = 23169.0f, right_sum_limit = 92648.0f, integer_limit = 32767.0f;
+constexpr float least_scale = std::numeric_limits<float>::min();  // so that no scale's reciprocal overflows
 
 // The nearest integers, in the lower halves. |x| < 2²².
 inline VectorBits nearest(Vector x) {
@@ -51,70 +54,166 @@ inline VectorBits largest_lanes(VectorBits (&of)[lanes]) {
 inline Vector scale_of(VectorBits magnitudes, float most) {
     Vector largest;
     std::memcpy(&largest, &magnitudes, sizeof largest);
-    return (largest < least_largest ? broadcast(least_largest) : largest) / most;
+    const Vector scale = largest / most;
+    return scale < least_scale ? broadcast(least_scale) : scale;
 }
 
-// The left factors of some tiles.
-template <bool integers>
-struct Left {
-    static constexpr Index numbers = integers ? 2 : 1;  // in a word
-    Index frequencies, depth, tiles;
+// How many times larger than the largest number of its row, half transformed, each of a tile's may be: the sums of the
+// magnitudes in the rows of Bᵀ.
+template <int taps>
+constexpr float input_gains[points_of<taps>] = {2.5f, 2.5f, 3.0f, 3.0f, 2.5f};
+template <>
+constexpr float input_gains<3>[points_of<3>] = {
+    4.5f, 3.0f + 3.0f * half_root, 3.0f + 3.0f * half_root, 1.5f + 1.5f * root, 1.5f + 1.5f * root, 4.5f};
+
+// The second transform, along the rows of a segment's tiles, of columns `step` apart, to integers: factors[t*points +
+// y] of them are one in a row whose gain is one.
+template <int taps, int step>
+[[gnu::noinline]] void round_rows(const Vector (*columns)[points_of<taps>], Index tiles, Span row_points,
+                                  const float* factors, float* destination, Index tile_stride, Index frequency) {
+    constexpr int points = points_of<taps>;
+    for (Index t = 0; t < tiles; ++t, columns += step * tile, factors += points, destination += tile_stride) {
+        float* to = destination + row_points.first * points * frequency;
+#pragma GCC unroll 1
+        for (Index y = row_points.first; y < row_points.last; ++y, to += points * frequency) {
+            Vector d[points], v[points];
+#pragma GCC unroll 6
+            for (int x = 0; x < points; ++x) d[x] = columns[x * step][y];
+            transform_input(d, v);
+            float* halves[2] = {to, to + 3 * frequency};
+#pragma GCC unroll 6
+            for (int x = 0; x < points; ++x) {
+                const VectorBits bits = nearest(v[x] * broadcast(factors[y] * (1.0f / input_gains<taps>[x])));
+                const VectorHalves integers = __builtin_convertvector(bits, VectorHalves);
+                std::memcpy(halves[x / 3] + x % 3 * frequency, &integers, sizeof integers);
+            }
+        }
+    }
+}
+
+// V of all channels of a segment's tiles as integers; scales[t*scale_stride + f] is what one stands for. `scratch` has
+// room for the columns of all channels.
+template <class T, int taps, int step, Activation kind>
+void round_segment(const Source& source, Pixel origin, const Segment& segment, const Transformed& to, Index first,
+                   float* scales, Index scale_stride, float* scratch) {
+    constexpr int points = points_of<taps>;
+    constexpr Index most = whole_vectors((segment_limit + 1) * points);
+    using Columns = SegmentColumns<T, taps, step, kind>;
+    const Columns of(source, origin, segment);
+    Vector(*const columns)[points] = reinterpret_cast<Vector(*)[points]>(scratch);
+    // The largest magnitude of each row of `tile` columns: a tile's own, and those that it shares with the next.
+    VectorBits largest[most] = {};
+    for (Index c = 0; c < source.channels; c += lanes)
+        for (int row_phase = 0; row_phase < step; ++row_phase) {
+            Vector(*const own)[points] = columns + (c / lanes * step + row_phase) * of.width;
+            of.transform(c, row_phase, own);
+            for (Index t = 0; t <= segment.tiles; ++t) {
+                VectorBits* const rows = largest + t * points;
+                for (Index x = t * tile * step; x < smaller((t + 1) * tile * step, of.width); ++x)
+                    for (int y = 0; y < points; ++y) rows[y] = larger_lanes(rows[y], magnitude(own[x][y]));
+            }
+        }
+    std::uint32_t magnitudes[most + lanes] = {};
+    for (Index i = 0; i < (segment.tiles + 1) * points; i += lanes) {
+        const VectorBits of_rows = largest_lanes(*reinterpret_cast<VectorBits(*)[lanes]>(largest + i));
+        std::memcpy(magnitudes + i, &of_rows, sizeof of_rows);
+    }
+    Vector gains{};
+    for (int x = 0; x < points; ++x) gains[x] = input_gains<taps>[x];
+    float factors[most], units[most];
+    for (Index i = 0; i < segment.tiles * points; i += lanes) {
+        VectorBits here, next;
+        std::memcpy(&here, magnitudes + i, sizeof here);
+        std::memcpy(&next, magnitudes + i + points, sizeof next);
+        const Vector unit = scale_of(larger_lanes(here, next), left_limit);
+        store_vector(units + i, unit);
+        store_vector(factors + i, 1.0f / unit);
+    }
+    for (Index t = 0; t < segment.tiles; ++t)  // whole vectors: each row's end is overwritten by the next
+        for (int y = 0; y < points; ++y)
+            store_vector(scales + t * scale_stride + y * points, broadcast(units[t * points + y]) * gains);
+    for (Index c = 0; c < source.channels; c += lanes)
+        for (int phase = 0; phase < step * step; ++phase)
+            round_rows<taps, step>(columns + (c / lanes * step + phase / step) * of.width + phase % step, segment.tiles,
+                                   segment.row_points, factors, to.at(first, (c * step * step + phase * lanes) / 2),
+                                   to.width, to.frequency);
+}
+
+using RoundSegment = void (*)(const Source&, Pixel origin, const Segment&, const Transformed&, Index first,
+                              float* scales, Index scale_stride, float* scratch);
+
+template <class T, int taps, int step>
+RoundSegment round_of(Activation kind) {
+    switch (kind) {
+        case Activation::affine_kink:
+            return round_segment<T, taps, step, Activation::affine_kink>;
+        case Activation::kink_affine:
+            return round_segment<T, taps, step, Activation::kink_affine>;
+        default:
+            return round_segment<T, taps, step, Activation::identity>;
+    }
+}
+
+// The left factors of some tiles: floats, or integers.
+template <int taps, int step, bool integers>
+struct Left;
+
+template <int taps, int step>
+struct Left<taps, step, false> {
+    static constexpr Index frequencies = points_of<taps> * points_of<taps>;
     Transformed words;
-    Transformed segment;      // of integers: the floats of one segment
-    float* scales = nullptr;  // of integers: what one stands for, [tile][f]
-    Index scale_stride;
+    TransformSegment transform;
+    static constexpr const float* scales = nullptr;
+    static constexpr Index scale_stride = 0;
 
-    Left(Index frequencies, Index tiles, Index depth)
-        : frequencies(frequencies),
-          depth(depth),
-          tiles(tiles),
-          words(frequencies, tiles, depth, numbers),
-          segment(frequencies, segment_limit, depth),
-          scale_stride(whole_vectors(frequencies)) {}
+    Left(Index tiles, Index depth, Dtype dtype, Activation kind)
+        : words(frequencies, tiles, depth), transform(transform_of<taps, step>(dtype, kind)) {}
+    std::size_t bytes() const { return Workspace::padded(words.bytes()); }
+    std::size_t scratch_bytes() const { return 0; }
+    void place(char* at, char*) { words.values = reinterpret_cast<float*>(at); }
+    void take(const Source& source, Pixel origin, const Segment& s, Index first) const {
+        transform(source, origin, s, words, first, 0, source.channels);
+    }
+};
 
+constexpr Index columns_bytes = 48 << 10;  // of pixels that wait, half transformed, until their scales are known
+
+template <int taps, int step>
+struct Left<taps, step, true> {
+    static constexpr Index points = points_of<taps>, frequencies = points * points;
+    static constexpr Index scale_stride = whole_vectors(frequencies) + lanes;
+    Transformed words;
+    RoundSegment transform;
+    float* scales = nullptr;  // what an integer stands for, [tile][f]
+    float* scratch = nullptr;
+    Index scale_count;
+    Index column_bytes, stretch;  // of all channels; tiles of a segment that are taken together
+
+    Left(Index tiles, Index depth, Dtype dtype, Activation kind)
+        : words(frequencies, tiles, depth, 2),
+          transform(dtype == Dtype::float32 ? round_of<float, taps, step>(kind) : round_of<bfloat16, taps, step>(kind)),
+          scale_count(tiles * scale_stride),
+          column_bytes(whole_vectors(depth) * points * static_cast<Index>(sizeof(float))),
+          stretch(clamped((columns_bytes / column_bytes - (taps - 1)) / tile, 1, segment_limit)) {}
     std::size_t bytes() const {
-        const Index scale_count = integers ? tiles * scale_stride : 0;
         return Workspace::padded(words.bytes()) +
                Workspace::padded(static_cast<std::size_t>(scale_count) * sizeof(float));
     }
-    std::size_t segment_bytes() const { return integers ? Workspace::padded(segment.bytes()) : 0; }
-    void place(char* at, char* at_segment) {
+    std::size_t scratch_bytes() const {
+        return Workspace::padded(static_cast<std::size_t>((stretch * tile + taps - 1) * column_bytes));
+    }
+    void place(char* at, char* at_scratch) {
         words.values = reinterpret_cast<float*>(at);
         scales = reinterpret_cast<float*>(at + Workspace::padded(words.bytes()));
-        segment.values = reinterpret_cast<float*>(at_segment);
+        scratch = reinterpret_cast<float*>(at_scratch);
     }
-
-    void take(TransformSegment transform, const Source& source, Pixel origin, const Segment& s, Index first) const {
-        transform(source, origin, s, integers ? segment : words, integers ? 0 : first, 0, source.channels);
-        if (integers)
-            for (Index t = 0; t < s.tiles; ++t)
-                for (Index f = 0; f < frequencies; f += lanes) round(t, f, first + t);
-    }
-
-  private:
-    // A vector of frequencies, from `first` on, of tile `from`.
-    void round(Index from, Index first, Index to) const {
-        const Index count = smaller(lanes, frequencies - first), width = whole_vectors(depth);
-        VectorBits magnitudes[lanes] = {};
-        for (Index k = 0; k < width; k += chunk_width) {
-            const float* numbers_of = segment.at(from, k) + first * segment.frequency;
-            for (Index f = 0; f < count; ++f, numbers_of += segment.frequency)
-                for (Index i = 0; i < smaller(chunk_width, width - k); i += lanes)
-                    magnitudes[f] = larger_lanes(magnitudes[f], magnitude(load_vector(numbers_of + i)));
-        }
-        const Vector scale = scale_of(largest_lanes(magnitudes), left_limit), factors = 1.0f / scale;
-        store_vector(scales + to * scale_stride + first, scale);
-        for (Index k = 0; k < width; k += chunk_width) {
-            const float* numbers_of = segment.at(from, k) + first * segment.frequency;
-            float* destination = words.at(to, k / 2) + first * words.frequency;
-            for (Index f = 0; f < count; ++f, numbers_of += segment.frequency, destination += words.frequency) {
-                const Vector factor = broadcast(factors[f]);
-                for (Index i = 0; i < smaller(chunk_width, width - k); i += lanes) {
-                    const VectorBits bits = nearest(load_vector(numbers_of + i) * factor);
-                    const VectorHalves halves = __builtin_convertvector(bits, VectorHalves);
-                    std::memcpy(destination + i / 2, &halves, sizeof halves);
-                }
-            }
+    void take(const Source& source, Pixel origin, const Segment& s, Index first) const {
+        for (Index t = 0; t < s.tiles; t += stretch) {
+            Segment part = s;
+            part.column += t;
+            part.tiles = smaller(stretch, s.tiles - t);
+            transform(source, origin, part, words, first + t, scales + (first + t) * scale_stride, scale_stride,
+                      scratch);
         }
     }
 };
@@ -124,19 +223,32 @@ template <int taps, int step>
 void right_scales(const Taps& w, const float* values, Index depth, Index panel, Index width, float* scales,
                   Index columns) {
     constexpr int frequencies = points_of<taps> * points_of<taps>;
+    constexpr Index slice = 2 * integer_slice;
     for (Index n = panel; n < panel + width; n += lanes) {
-        VectorBits magnitudes[frequencies] = {};
-        for_each_block<taps, step>(w, values, 0, depth, n, lanes,
-                                   [&](const TapBlock(&block)[taps* taps], Index, Index, Index rows) {
-                                       for (Index k = 0; k < rows; ++k) {
-                                           Frequencies<taps> u;
-                                           transform_taps<taps>(block, k, u);
-                                           for (int f = 0; f < frequencies; ++f)
-                                               magnitudes[f] = larger_lanes(magnitudes[f], magnitude(u[f]));
-                                       }
-                                   });
-        for (int f = 0; f < frequencies; ++f)
-            store_vector(scales + f * columns + n, scale_of(magnitudes[f], right_limit));
+        VectorBits largest[frequencies] = {}, largest_sums[frequencies] = {};
+        Vector sums[frequencies] = {};
+        for_each_block<taps, step>(
+            w, values, 0, depth, n, lanes, [&](const TapBlock(&block)[taps* taps], Index first, Index, Index rows) {
+                for (Index k = 0; k < rows; ++k) {
+                    Frequencies<taps> u;
+                    transform_taps<taps>(block, k, u);
+                    for (int f = 0; f < frequencies; ++f) {
+                        const VectorBits bits = magnitude(u[f]);
+                        largest[f] = larger_lanes(largest[f], bits);
+                        sums[f] += __builtin_bit_cast(Vector, bits);
+                    }
+                }
+                if ((first + rows) % slice != 0 && first + rows < depth) return;
+                for (int f = 0; f < frequencies; ++f) {
+                    largest_sums[f] = larger_lanes(largest_sums[f], __builtin_bit_cast(VectorBits, sums[f]));
+                    sums[f] = Vector{};
+                }
+            });
+        for (int f = 0; f < frequencies; ++f) {
+            const Vector of_one = scale_of(largest[f], integer_limit);
+            const Vector of_sum = scale_of(largest_sums[f], right_sum_limit);
+            store_vector(scales + f * columns + n, of_one > of_sum ? of_one : of_sum);
+        }
     }
 }
 
@@ -205,7 +317,9 @@ struct Right {
 
     // Finds the scales of a panel. Integers only, before anything is filled.
     void measure(Index phase, const float* taps_of_phase, Index panel) const {
-        right_scales<taps, step>(weight, taps_of_phase, depth, panel, width(panel), scales_at(phase, 0, 0), columns);
+        if constexpr (integers)
+            right_scales<taps, step>(weight, taps_of_phase, depth, panel, width(panel), scales_at(phase, 0, 0),
+                                     columns);
     }
     // Words [begin, end) of a panel's columns, as rows; `begin` is a multiple of `lanes`.
     void fill(Index phase, const float* taps_of_phase, Index panel, Index begin, Index end, float* rows,

@@ -69,58 +69,78 @@ template <class Side, int step>
     }
 }
 
-// V = Bᵀ a B of channels [begin, end) of a segment's tiles, the first of which is number `first` of `to`. Tap i of the
-// first output reads pixel origin + i*step + phase. `begin` is a multiple of `lanes`.
+// The first transform of V = Bᵀ a B, of a segment's tiles. Tap i of the first output reads pixel origin + i*step +
+// phase.
+template <class T, int taps, int step, Activation kind>
+struct SegmentColumns {
+    static constexpr int points = points_of<taps>;
+    static constexpr Index most = step * (segment_limit * tile + taps - 1);  // columns of a segment
+    const Source& source;
+    const T* image;
+    const float *scales, *shifts;
+    Leaky leaky;
+    Span row_points;
+    Index top, left, width;     // of the segment's pixels; their number along a row
+    Index left_end, right_end;  // of the columns that are inside the image and needed
+
+    SegmentColumns(const Source& source, Pixel origin, const Segment& segment)
+        : source(source),
+          image(source.image<T>(segment.image)),
+          scales(source.pixels.scale + source.per_channel(segment.image)),
+          shifts(source.pixels.shift + source.per_channel(segment.image)),
+          leaky(source.pixels.negative_slope),
+          row_points(segment.row_points),
+          top(step * (segment.row * tile - row_points.first) + origin.row),
+          left(step * (segment.column * tile - segment.column_points.first) + origin.column),
+          width(step * (segment.tiles * tile + taps - 1)),
+          left_end(clamped(-left, step * segment.column_points.first, width)),
+          right_end(clamped(source.width - left, left_end, width - step * (points - segment.column_points.last))) {}
+
+    // Of the vector of channels from c on. Columns that are outside the image are zero.
+    void transform(Index c, int row_phase, Vector (*columns)[points]) const {
+        for (Index x = 0; x < left_end; ++x)
+            for (Vector& v : columns[x]) v = Vector{};
+        for (Index x = right_end; x < width; ++x)
+            for (Vector& v : columns[x]) v = Vector{};
+        const Index count = source.channels - c, row_stride = source.width * source.channels, start = top + row_phase;
+        Vector scale{}, shift{};
+        if (kind != Activation::identity) scale = load_lanes(scales + c, count), shift = load_lanes(shifts + c, count);
+        const Index from = larger(row_points.first, ceiling(larger(0, -start), step));  // inside the image
+        const Index until = smaller(row_points.last, ceiling(larger(0, source.height - start), step));
+        const T* pixel = image + start * row_stride + (left + left_end) * source.channels + c;
+        if (from == 0 && until == points && count >= lanes) {
+            transform_columns<T, InputSide<taps>, kind>(pixel, step * row_stride, source.channels, right_end - left_end,
+                                                        scale, shift, leaky, columns + left_end);
+        } else {
+            for (Index x = left_end; x < right_end; ++x, pixel += source.channels) {
+                Vector d[points];
+                for (int y = 0; y < points; ++y)
+                    d[y] = y < from || y >= until
+                               ? Vector{}
+                               : activate<kind>(load_lanes(pixel + y * step * row_stride, count), scale, shift, leaky);
+                transform_input(d, columns[x]);
+            }
+        }
+    }
+};
+
+// V of channels [begin, end) of a segment's tiles, the first of which is number `first` of `to`. `begin` is a multiple
+// of `lanes`.
 template <class T, int taps, int step, Activation kind>
 void transform_segment(const Source& source, Pixel origin, const Segment& segment, const Transformed& to, Index first,
                        Index begin, Index end) {
-    constexpr int points = points_of<taps>;
-    const Span row_points = segment.row_points, column_points = segment.column_points;
-    Vector columns[step * (segment_limit * tile + taps - 1)][points];
-    const T* image = source.image<T>(segment.image);
-    const float* scales = source.pixels.scale + source.per_channel(segment.image);
-    const float* shifts = source.pixels.shift + source.per_channel(segment.image);
-    const Leaky leaky(source.pixels.negative_slope);
-    const Index top = step * (segment.row * tile - row_points.first) + origin.row;
-    const Index left = step * (segment.column * tile - column_points.first) + origin.column;
-    const Index width = step * (segment.tiles * tile + taps - 1);
-    const Index row_stride = source.width * source.channels;
-    const Index left_end = clamped(-left, step * column_points.first, width);
-    const Index right_end = clamped(source.width - left, left_end, width - step * (points - column_points.last));
-    for (Index x = 0; x < width; ++x)
-        if (x < left_end || x >= right_end)
-            for (Vector& v : columns[x]) v = Vector{};
-
-    for (Index c = begin; c < end; c += lanes) {
-        const Index count = source.channels - c;
-        Vector scale{}, shift{};
-        if (kind != Activation::identity) scale = load_lanes(scales + c, count), shift = load_lanes(shifts + c, count);
+    using Columns = SegmentColumns<T, taps, step, kind>;
+    Vector columns[Columns::most][points_of<taps>];
+    const Columns of(source, origin, segment);
+    for (Index c = begin; c < end; c += lanes)
         for (int row_phase = 0; row_phase < step; ++row_phase) {
-            const Index start = top + row_phase;
-            const Index from = larger(row_points.first, ceiling(larger(0, -start), step));  // inside the image
-            const Index until = smaller(row_points.last, ceiling(larger(0, source.height - start), step));
-            const T* pixel = image + start * row_stride + (left + left_end) * source.channels + c;
-            if (from == 0 && until == points && count >= lanes) {
-                transform_columns<T, InputSide<taps>, kind>(pixel, step * row_stride, source.channels,
-                                                            right_end - left_end, scale, shift, leaky,
-                                                            columns + left_end);
-            } else {
-                for (Index x = left_end; x < right_end; ++x, pixel += source.channels) {
-                    Vector d[points];
-                    for (int y = 0; y < points; ++y)
-                        d[y] = y < from || y >= until ? Vector{}
-                                                      : activate<kind>(load_lanes(pixel + y * step * row_stride, count),
-                                                                       scale, shift, leaky);
-                    transform_input(d, columns[x]);
-                }
-            }
+            of.transform(c, row_phase, columns);
             for (int column_phase = 0; column_phase < step; ++column_phase)
                 transform_rows<InputSide<taps>, step>(
-                    columns + column_phase, segment.tiles, row_points,
+                    columns + column_phase, segment.tiles, segment.row_points,
                     to.at(first, (c - begin) * step * step + (row_phase * step + column_phase) * lanes), to.width,
                     to.frequency);
         }
-    }
 }
 
 // D = A a Aᵀ of channels [begin, end) of a segment's tiles: the output's side of the weight's gradient.

@@ -20,7 +20,7 @@ constexpr Index block_columns = 64;             // output channels of a block
 constexpr Index block_input_bytes = 384 << 10;  // of the transformed input of a block
 constexpr Index block_tiles_least = 16;
 constexpr Index block_tiles_most = 48;
-constexpr Index integer_columns_least = 48;     // output channels: below, rounding the input costs more than it saves
+constexpr Index integer_columns_least = 16;     // output channels: below, rounding the input costs more than it saves
 constexpr Index own_weight_bytes = 640 << 10;   // of a transformed weight that each thread makes for itself: it costs
                                                 // less than to fetch what another core has written
 constexpr Index wave_weight_bytes = 8 << 20;    // of a phase's transformed weight: from here on waves are faster for
@@ -85,9 +85,9 @@ struct Parts {
 };
 
 // M[f] = V[f]·U[f], or M[f] += if k > 0, for tiles `rows`, `depth` words of each from k on, and `width` columns.
-template <bool integers>
-inline void multiply(const Left<integers>& v, const Transformed& m, Index f, Span rows, Index k, Index depth,
-                     const float* u, const float* scales, Index width, Index column) {
+template <int taps, int step, bool integers>
+inline void multiply(const Left<taps, step, integers>& v, const Transformed& m, Index f, Span rows, Index k,
+                     Index depth, const float* u, const float* scales, Index width, Index column) {
     const Index count = rows.last - rows.first;
     const Product p{v.words.at(rows.first, k) + f * v.words.frequency,
                     v.words.width,
@@ -117,19 +117,18 @@ void run_blocks(const Pass& pass, const Tiles& tiles, const Blocks& blocks, int 
     const Index splits = smaller(panels, ceiling(2 * threads, phased_blocks));
     const Index split_columns = ceiling(panels, splits) * tile_columns;
 
-    Left<integers> v(frequencies, blocks.room, depth);
+    Left<taps, step, integers> v(blocks.room, depth, pass.dtype, activation_of(pass.source.pixels));
     Transformed m(frequencies, blocks.room, smaller(block_columns, split_columns));
     Right<taps, step, integers> u(pass.walk.taps, columns, pass.walk.phase_count);
     const std::size_t sum_bytes = Parts::bytes(pass, blocks);
     const std::size_t u_bytes = u.bytes() + u.scale_bytes();
     const bool shares_weight = u_bytes > own_weight_bytes;
-    const std::size_t room = v.bytes() + v.segment_bytes() + Workspace::padded(m.bytes());
+    const std::size_t room = v.bytes() + v.scratch_bytes() + Workspace::padded(m.bytes());
     Workspace workspace((shares_weight ? u_bytes : 0) + Workspace::padded(sum_bytes));
     const ThreadWorkspaces scratch(room + (shares_weight ? 0 : u_bytes), threads);
     if (shares_weight) u.place(static_cast<char*>(workspace.take(u_bytes)));
     const Parts parts{pass, tiles, blocks, static_cast<double*>(workspace.take(sum_bytes))};
     Shares shares(phased_blocks * splits, threads);
-    const TransformSegment transform = transform_of<taps, step>(pass.dtype, activation_of(pass.source.pixels));
     const WriteBlock write = write_of<taps>(pass.dtype, pass.kind);
 
 #pragma omp parallel num_threads(threads) firstprivate(v, m, u)
@@ -137,7 +136,7 @@ void run_blocks(const Pass& pass, const Tiles& tiles, const Blocks& blocks, int 
         const Index thread = omp_get_thread_num(), team = omp_get_num_threads();
         char* const own = scratch.of(thread);
         v.place(own, own + v.bytes());
-        m.values = reinterpret_cast<float*>(own + v.bytes() + v.segment_bytes());
+        m.values = reinterpret_cast<float*>(own + v.bytes() + v.scratch_bytes());
         const Index pieces = ceiling(u.words, lanes);
         const auto measure = [&](Index item) {
             u.measure(item / panels, pass.walk.phases[item / panels].weight, item % panels * tile_columns);
@@ -166,8 +165,7 @@ void run_blocks(const Pass& pass, const Tiles& tiles, const Blocks& blocks, int 
             const Phase& phase = pass.walk.phases[number];
             const Index first = blocks.first(block), last = blocks.last(block);
             const Order order(tiles, first, last);
-            for (Index s = first; s < last; ++s)
-                v.take(transform, pass.source, phase.origin, tiles.segment(s), order.of(s));
+            for (Index s = first; s < last; ++s) v.take(pass.source, phase.origin, tiles.segment(s), order.of(s));
             const Index split_end = smaller(columns, (split + 1) * split_columns);
             for (Index from = split * split_columns; from < split_end; from += m.width) {
                 const Index until = smaller(split_end, from + m.width);
@@ -199,7 +197,7 @@ void run_waves(const Pass& pass, const Tiles& tiles, const Blocks& blocks, int t
     const Index waves = ceiling(blocks.count, larger(1, wave_tiles / blocks.room));
     const Index wave = ceiling(blocks.count, waves), room = wave * blocks.room;
 
-    Left<integers> v(frequencies, room, depth);
+    Left<taps, step, integers> v(room, depth, pass.dtype, activation_of(pass.source.pixels));
     Transformed m(frequencies, room, tile_columns);
     Right<taps, step, integers> u(pass.walk.taps, columns,
                                   pass.walk.phase_count);  // of which only a piece is in memory
@@ -207,13 +205,12 @@ void run_waves(const Pass& pass, const Tiles& tiles, const Blocks& blocks, int t
     const std::size_t u_bytes = static_cast<std::size_t>(frequencies * u_frequency) * sizeof(float);
     const std::size_t v_bytes = v.bytes() * static_cast<std::size_t>(pass.walk.phase_count);
     const std::size_t sum_bytes = Parts::bytes(pass, blocks);
-    const std::size_t own_bytes = v.segment_bytes() + Workspace::padded(m.bytes()) + Workspace::padded(u_bytes);
+    const std::size_t own_bytes = v.scratch_bytes() + Workspace::padded(m.bytes()) + Workspace::padded(u_bytes);
     Workspace workspace(v_bytes + u.scale_bytes() + Workspace::padded(sum_bytes));
     const ThreadWorkspaces scratch(own_bytes, threads);
     char* const inputs = static_cast<char*>(workspace.take(v_bytes));
     u.scales = static_cast<float*>(workspace.take(u.scale_bytes()));
     const Parts parts{pass, tiles, blocks, static_cast<double*>(workspace.take(sum_bytes))};
-    const TransformSegment transform = transform_of<taps, step>(pass.dtype, activation_of(pass.source.pixels));
     const WriteBlock write = write_of<taps>(pass.dtype, pass.kind);
     const Index panels = ceiling(columns, tile_columns);
 
@@ -221,10 +218,10 @@ void run_waves(const Pass& pass, const Tiles& tiles, const Blocks& blocks, int t
     {
         const Index thread = omp_get_thread_num(), team = omp_get_num_threads();
         char* const own = scratch.of(thread);
-        m.values = reinterpret_cast<float*>(own + v.segment_bytes());
-        float* const piece = reinterpret_cast<float*>(own + v.segment_bytes() + Workspace::padded(m.bytes()));
+        m.values = reinterpret_cast<float*>(own + v.scratch_bytes());
+        float* const piece = reinterpret_cast<float*>(own + v.scratch_bytes() + Workspace::padded(m.bytes()));
         const auto input_of = [&](Index phase) {
-            Left<integers> result = v;
+            Left<taps, step, integers> result = v;
             result.place(inputs + static_cast<std::size_t>(phase) * v.bytes(), own);
             return result;
         };
@@ -240,14 +237,13 @@ void run_waves(const Pass& pass, const Tiles& tiles, const Blocks& blocks, int t
 #pragma omp for schedule(static)
             for (Index item = 0; item < (last - first) * pass.walk.phase_count; ++item) {
                 const Index s = first + item / pass.walk.phase_count, phase = item % pass.walk.phase_count;
-                input_of(phase).take(transform, pass.source, pass.walk.phases[phase].origin, tiles.segment(s),
-                                     order.of(s));
+                input_of(phase).take(pass.source, pass.walk.phases[phase].origin, tiles.segment(s), order.of(s));
             }
 #pragma omp for schedule(dynamic, 1)
             for (Index item = 0; item < pass.walk.phase_count * panels; ++item) {
                 const Index number = item / panels, panel = item % panels * tile_columns;
                 const Phase& phase = pass.walk.phases[number];
-                const Left<integers> left = input_of(number);
+                const Left<taps, step, integers> left = input_of(number);
                 for (Index k = 0; k < u.words; k += left.words.width) {
                     const Index end = smaller(u.words, k + left.words.width);
                     u.fill(number, phase.weight, panel, k, end, piece, u_frequency);

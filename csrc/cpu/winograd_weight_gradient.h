@@ -20,7 +20,11 @@ constexpr Index tile_slice = 64;  // terms of a sum that are added up in one cha
 constexpr Index wave_bytes = 6 << 20, own_wave_bytes = 384 << 10;
 constexpr Index wave_tiles_least = 256, own_wave_tiles_least = 64;
 constexpr Index own_gradient_bytes = 4 << 20, own_tiles_least = 128;
-constexpr Index run_tiles = 2 * integer_slice;  // whose integers have a scale in common
+// Tiles whose integers have a scale in common, and the largest of those: no sum overflows.
+constexpr Index run_tiles = 2 * integer_slice;
+constexpr float v_limit = 8191.0f, d_limit = 4095.0f;
+static_assert(run_tiles * static_cast<std::int64_t>(v_limit) * static_cast<std::int64_t>(d_limit) < std::int64_t{1}
+                                                                                                        << 31);
 
 struct WeightGradient {
     Source source;       // that the kernel reads
@@ -122,8 +126,8 @@ void weight_gradient(const WeightGradient& args, Index images, int threads) {
     // Waves of about the same length: runs of one.
     const Index waves = ceiling(ceiling(tiles.count, parties), target);
     const Index wave = ceiling(ceiling(runs.count, parties), waves);
-    Factor<integers> v(frequencies, wave, runs.room, depth, left_limit);
-    Factor<integers> d(frequencies, wave, runs.room, columns, right_limit);
+    Factor<integers> v(frequencies, wave, runs.room, depth, v_limit);
+    Factor<integers> d(frequencies, wave, runs.room, columns, d_limit);
     // A piece of dU: channels of V's chunk by channels of D's, for every frequency. If there is but one wave and pieces
     // enough, a thread turns each into the weight's gradient as soon as it is made, and dU is never written.
     const Index u_frequency = v.words.width * d.words.width + stagger, pieces = v.words.chunks * d.words.chunks;
