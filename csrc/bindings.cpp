@@ -14,6 +14,7 @@
 #include "cpu/batch_norm_leaky_relu.h"
 #include "cpu/chain.h"
 #include "cpu/channel_sums.h"
+#include "cpu/conversion.h"
 #include "cpu/convolutions.h"
 #include "cpu/gan_loss.h"
 #include "cpu/isa.h"
@@ -433,6 +434,24 @@ void channel_sums_(Dtype dtype, std::int64_t rows, std::int64_t channels, Addres
     channel_sums({dtype, rows, channels, pointer<void>(values), pointer<float>(sums)}, threads);
 }
 
+void convert_(const Addresses& sources, const Addresses& destinations, const std::vector<std::int64_t>& counts,
+              Dtype to, int threads) {
+    require_cpu_dtype(to);
+    require(sources.size() == counts.size() && destinations.size() == counts.size(),
+            "sources, destinations and counts must be as many; got ", sources.size(), ", ", destinations.size(),
+            " and ", counts.size());
+    const Dtype from = to == Dtype::float32 ? Dtype::bfloat16 : Dtype::float32;
+    std::vector<Conversion> conversions;
+    conversions.reserve(counts.size());
+    for (std::size_t i = 0; i < counts.size(); ++i) {
+        require(counts[i] >= 1, "counts must be positive; got ", counts[i]);
+        require_address("source", sources[i], element_size(from));
+        require_address("destination", destinations[i], element_size(to));
+        conversions.push_back({pointer<void>(sources[i]), pointer<void>(destinations[i]), counts[i]});
+    }
+    convert(conversions, to, threads);
+}
+
 void require_max_pool_sizes(const Strides& input_shape, std::int64_t groups) {
     const auto [batch, channels, height, width] = input_shape;
     require(batch >= 1 && channels >= 1 && height >= 2 && width >= 2, "a map of at least 2×2 is pooled; got ", height,
@@ -808,6 +827,7 @@ PYBIND11_MODULE(_native, module, py::mod_gil_not_used()) {
         .def("forward", chain_forward_, without_gil)
         .def("backward", chain_backward_, without_gil);
     module.def("channel_sums", channel_sums_, without_gil);
+    module.def("convert", convert_, without_gil, "float32 to bfloat16 or back");
     module.def("max_pool_forward", max_pool_forward_, without_gil);
     module.def("max_pool_backward", max_pool_backward_, without_gil);
     module.def("matrix_product", matrix_product_, without_gil);

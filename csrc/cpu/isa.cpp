@@ -52,6 +52,15 @@ bool has_bfloat16_products() {
 #endif
 }
 
+const bool processor_rounds_to_bfloat16 = [] {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx512bf16") != 0;
+#else
+    return false;
+#endif
+}();
+
 const char* isa_name(Isa isa) {
     return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "portable";
 }

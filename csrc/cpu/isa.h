@@ -17,6 +17,10 @@ bool has_int16_products();
 // Whether one adds products of bfloat16 pairs to float32 sums (AVX512-BF16).
 bool has_bfloat16_products();
 
+// Whether the processor rounds to bfloat16 in one instruction (AVX512-BF16 too). Of interest to AVX-512 kernels only; a
+// constant, for their inner loops.
+extern const bool processor_rounds_to_bfloat16;
+
 }  // namespace ganvas::cpu
 
 // Kernel sources are compiled once per instruction set, each time into a namespace of its own (GANVAS_ISA names it).

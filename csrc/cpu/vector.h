@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "isa.h"
 #include "statistics.h"
 #include "storage.h"
 
@@ -50,8 +51,24 @@ inline void store_vector(float* destination, Vector value) {
     std::memcpy(destination, &value, sizeof value);
 }
 
-// Rounds as store(bfloat16*) does.
+#if defined(__AVX512F__)
+// The nearest bfloat16. Only where processor_rounds_to_bfloat16.
+inline VectorHalves nearest_bfloat16(Vector value) {
+    VectorHalves halves;
+    asm("vcvtneps2bf16 %1, %0" : "=v"(halves) : "v"(value));
+    return halves;
+}
+#endif
+
+// Rounds as store(bfloat16*) does, but that the instruction takes numbers below the least normal one as zeros.
 inline void store_vector(bfloat16* destination, Vector value) {
+#if defined(__AVX512F__)
+    if (processor_rounds_to_bfloat16) {
+        const VectorHalves halves = nearest_bfloat16(value);
+        std::memcpy(destination, &halves, sizeof halves);
+        return;
+    }
+#endif
     VectorBits bits;
     std::memcpy(&bits, &value, sizeof bits);
     bits = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
@@ -77,13 +94,6 @@ inline void stream_vector(bfloat16* destination, Vector value) {
 }
 
 #if defined(__AVX512F__)
-// The nearest bfloat16. Only where has_bfloat16_products().
-inline VectorHalves nearest_bfloat16(Vector value) {
-    VectorHalves halves;
-    asm("vcvtneps2bf16 %1, %0" : "=v"(halves) : "v"(value));
-    return halves;
-}
-
 // sum + a·b of the pairs of 16-bit integers in each word. Only where has_int16_products().
 inline void add_int16_products(VectorInts& sum, VectorInts a, VectorInts b) {
     asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));

@@ -65,22 +65,21 @@ void round_tiles(const Transformed& from, const Order& order, Index width, float
 // One factor of the products in a wave: floats, a row for each tile; or integers, a row for two tiles of a run.
 template <bool integers>
 struct Factor {
-    static constexpr Index part_width = 64;  // numbers that are rounded together
     Index frequencies, depth;
     Index run_rows;
     float limit;
     Transformed words;
-    Transformed part;         // of integers: some channels of a run, before they are rounded
+    Transformed part;         // of integers: a vector of channels of a run, before they are rounded
     float* scales = nullptr;  // of integers: what one stands for, [run][f][number]
     std::size_t scale_count;
 
-    Factor(Index frequencies, Index runs, Index room, Index depth, float limit)
+    Factor(Index frequencies, Index runs, Index room, Index depth, Index phases, float limit)
         : frequencies(frequencies),
           depth(depth),
           run_rows(integers ? ceiling(room, 2) : room),
           limit(limit),
           words(frequencies, runs * run_rows, depth),
-          part(frequencies, room, part_width),
+          part(frequencies, room, lanes * phases),
           scale_count(static_cast<std::size_t>(integers ? runs * frequencies * whole_vectors(depth) : 0)) {}
 
     std::size_t bytes() const {
@@ -126,8 +125,8 @@ void weight_gradient(const WeightGradient& args, Index images, int threads) {
     // Waves of about the same length: runs of one.
     const Index waves = ceiling(ceiling(tiles.count, parties), target);
     const Index wave = ceiling(ceiling(runs.count, parties), waves);
-    Factor<integers> v(frequencies, wave, runs.room, depth, v_limit);
-    Factor<integers> d(frequencies, wave, runs.room, columns, d_limit);
+    Factor<integers> v(frequencies, wave, runs.room, depth, step * step, v_limit);
+    Factor<integers> d(frequencies, wave, runs.room, columns, 1, d_limit);
     // A piece of dU: channels of V's chunk by channels of D's, for every frequency. If there is but one wave and pieces
     // enough, a thread turns each into the weight's gradient as soon as it is made, and dU is never written.
     const Index u_frequency = v.words.width * d.words.width + stagger, pieces = v.words.chunks * d.words.chunks;
@@ -158,9 +157,8 @@ void weight_gradient(const WeightGradient& args, Index images, int threads) {
         if constexpr (integers) {
             Transformed part = factor.part;
             part.values = reinterpret_cast<float*>(scratch.of(omp_get_thread_num()));
-            const Index stretch = factor.part_width / phases;
-            for (Index c = 0; c < channels; c += stretch) {
-                const Index end = smaller(channels, c + stretch);
+            for (Index c = 0; c < channels; c += lanes) {
+                const Index end = smaller(channels, c + lanes);
                 for (Index s = from; s < until; ++s) transform_run(tiles.segment(s), part, order.of(s), c, end);
                 round_tiles<taps>(part, order, whole_vectors(end - c) * phases, factor.limit, factor.words,
                                   (run - of.first) * factor.run_rows, c * phases,

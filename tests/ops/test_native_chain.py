@@ -156,6 +156,26 @@ def test_in_bfloat16(monkeypatch, calls, name):
     assert calls == ["forward", "backward"]
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("name", ["batch statistics", "given statistics", "activation first", "strides"])
+def test_of_bfloat16_parameters_and_statistics(monkeypatch, calls, name, groups):
+    """As ``model.bfloat16()`` has them. Running statistics are rounded once, layer by layer more often."""
+    layers = []
+    for one in chain_of(name):
+        fields = ("weight", "bias", "bn_weight", "bn_bias", "running_mean", "running_var")
+        values = {field: getattr(one, field) for field in fields}
+        layers.append(replace(one, **{field: v if v is None else v.bfloat16() for field, v in values.items()}))
+    x = image(dtype=torch.bfloat16)
+    expected = layer_by_layer(monkeypatch, x, layers, groups)
+    got = everything(conv_bn_leaky_relu_chain, x, layers, groups)
+    assert calls == ["forward", "backward"]
+    for statistics in ("running_mean", "running_var"):
+        for key in [key for key in expected if key.startswith(statistics)]:
+            assert got[key].dtype is torch.bfloat16
+            torch.testing.assert_close(got.pop(key), expected.pop(key), rtol=2**-6, atol=2**-6)
+    assert_the_same(got, expected)
+
+
 PLACES = ["input", *(f"{name} {i}" for i in range(3) for name in ("weight", "bias", "bn_weight", "bn_bias"))]
 
 

@@ -16,7 +16,6 @@ from ganvas.ops import checks, tuning
 from ganvas.ops.backends.cpu.precision import rounds_float32
 from ganvas.ops.batch_norm_leaky_relu import move_running_statistics
 from ganvas.ops.chain_passes import Stage, differentiable_backward, restored_all, run_backward, run_forward
-from ganvas.ops.direct import is_float32
 from ganvas.ops.kernels import kernels_of
 from ganvas.ops.layers import Gradients, Layer, decode, encode, moments_of
 from ganvas.ops.schemas import library, ops
@@ -56,7 +55,7 @@ def _forward(
     given = [tensor for layer in layers for tensor in layer.moving]
     kept: list[Tensor | None] = []
     chain = _native_chain(input, parameters, integers, reals, statistics_groups)
-    if chain is not None and all(tensor is None or is_float32(tensor) for tensor in given):
+    if chain is not None and chain.reads(given):
         residual = None if residual is None else checks.channels_last(residual)
         output, kept, moments = chain.forward(checks.channels_last(input), residual, tensors, given, keep)
         return output, moments, [tensor for tensor in kept if tensor is not None]

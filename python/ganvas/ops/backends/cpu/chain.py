@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import repeat
 
 import torch
 from torch import Tensor
 
 from ganvas import _native as native
-from ganvas.ops.backends.arguments import address, float32, pixel_strides, to_dtype
-from ganvas.ops.backends.cpu.arguments import empty, empty_pixels
+from ganvas.ops.backends.arguments import address, float32, pixel_strides
+from ganvas.ops.backends.cpu.arguments import convert, empty, empty_pixels, in_dtypes
 from ganvas.ops.backends.cpu.convolution import chosen_convolution
 from ganvas.ops.backends.cpu.kernels import NativeConvolution
 from ganvas.ops.backends.trial import Direction
@@ -22,7 +23,8 @@ Kept = list[Tensor | None]
 """For backward, of each layer: the convolution's output (None: it is the chain's), what was pooled of it (None: it is
 the chain's output, or nothing), and which of each four that was, uint8 (None: nothing)."""
 
-_PARAMETERS, _KEPT = len(Tensors._fields), 3
+_PARAMETERS, _KEPT, _MOVING = len(Tensors._fields), 3, 3
+_READ = (torch.float32, torch.bfloat16, torch.int64)
 
 
 class NativeChain:
@@ -57,7 +59,7 @@ class NativeChain:
 
         Those are :func:`ganvas.ops.layers.moments_of`; in evaluation of no use to anyone.
         """
-        parameters = self._as_float32(parameters)
+        parameters, running = self._as_float32(parameters), in_dtypes(moving, repeat(torch.float32))
         output, kept, statistics = empty_pixels(self._output, self._dtype), [], empty(self._statistics)
         if keep:
             for layer, convolution, pooled in zip(self._layers, self._convolutions, self._pooled):
@@ -66,9 +68,14 @@ class NativeChain:
                 kept.append(None if last or pooled is None else empty_pixels(pooled, self._dtype))
                 kept.append(None if pooled is None else empty_pixels(pooled, torch.uint8))
         self._forward.forward(
-            input.data_ptr(), address(residual), _addresses(parameters), _addresses(moving),
+            input.data_ptr(), address(residual), _addresses(parameters), _addresses(running),
             [layer.momentum for layer in self._layers], _addresses(kept), statistics.data_ptr(), output.data_ptr(),
             torch.get_num_threads(),
+        )  # fmt: skip
+        moves = (layer.batch_statistics for layer in self._layers for _ in range(_MOVING))
+        convert(
+            (copy, own) for copy, own, moved in zip(running, moving, moves)
+            if moved and copy is not None and own is not None and copy is not own
         )  # fmt: skip
         return output, kept, statistics
 
@@ -107,11 +114,14 @@ class NativeChain:
             torch.get_num_threads(),
         )  # fmt: skip
         if not self._float32:
-            gradients = [
-                gradient if gradient is None or tensor is None else to_dtype(gradient, tensor.dtype)
-                for gradient, tensor in zip(gradients, parameters)
-            ]
+            dtypes = (torch.float32 if tensor is None else tensor.dtype for tensor in parameters)
+            gradients = in_dtypes(gradients, dtypes)
         return Gradients(grad_input, grad_residual, gradients)
+
+    @staticmethod
+    def reads(moving: Iterable[Tensor | None]) -> bool:
+        """Whether running statistics and counts lie where a chain takes them."""
+        return all(values is None or (values.dtype in _READ and values.is_contiguous()) for values in moving)
 
     @property
     def kept_count(self) -> int:
@@ -158,7 +168,8 @@ class NativeChain:
     def _as_float32(self, parameters: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         if self._float32:
             return parameters
-        return [tensor for own in by_layer(parameters) for tensor in (own.weight.float(), *map(float32, own[1:]))]
+        copies = in_dtypes(parameters, repeat(torch.float32))
+        return [tensor for own in by_layer(copies) for tensor in (own.weight, *map(float32, own[1:]))]
 
     def _lie_as_they_did(
         self, input: Tensor, output: Tensor | None, parameters: Sequence[Tensor | None], kept: Kept
@@ -183,7 +194,7 @@ def native_chain(layers: Sequence[Layer], input: torch.Size, dtype: torch.dtype,
     """
     convolutions, shape = [], input
     for layer in layers:
-        if any(values is not None and not is_float32(values) for values in (layer.running_mean, layer.running_var)):
+        if not NativeChain.reads(layer.moving):
             return None
         convolution = chosen_convolution(
             layer.geometry, layer.weight, shape, dtype, layer.forward_direction, layer.backend
