@@ -10,7 +10,7 @@
 namespace ganvas::cpu::GANVAS_ISA {
 namespace {
 
-constexpr Index row_block_most = 240, column_block_most = 256;  // of c: what a thread has in its cache
+constexpr Index row_block_most = 288, column_block_most = 256;  // of c: what a thread has in its cache
 constexpr Index row_block_least = 24;
 constexpr Index depth_block = 128;
 constexpr Index chain = 64;    // terms of a sum that are added up in one chain
@@ -22,7 +22,8 @@ struct Cut {
     Index row_blocks, column_blocks;
 
     Cut(const MatrixProduct& args, int threads) {
-        row_block = smaller(row_block_most, ceiling(args.rows, 12) * 12);
+        const Index balanced = ceiling(args.rows, ceiling(args.rows, row_block_most));
+        row_block = ceiling(balanced, 12) * 12;
         column_block = smaller(column_block_most, ceiling(args.columns, tile_columns) * tile_columns);
         count(args);
         while (row_blocks * column_blocks < threads && column_block > tile_columns) {
@@ -87,6 +88,10 @@ void matrix_product(const MatrixProduct& args, int threads) {
     const std::size_t a_bytes = floats(depth_block * height), b_bytes = floats(depth_block * tile_columns);
     const std::size_t own = a_bytes + b_bytes + floats(cut.row_block * cut.column_block);
     const ThreadWorkspaces scratch(own, threads);
+    // Past the cache: whole lines of a matrix of which little would still be there when it is read.
+    const bool streams = vector_is_line<float> && args.columns % lanes == 0 &&
+                         reinterpret_cast<std::uintptr_t>(args.c) % 64 == 0 &&
+                         8 * args.rows * args.columns * static_cast<Index>(sizeof(float)) >= cache_bytes();
 
 #pragma omp parallel num_threads(threads)
     {
@@ -119,9 +124,11 @@ void matrix_product(const MatrixProduct& args, int threads) {
                 for (Index j = 0; j < columns; j += lanes) {
                     Vector value = load_vector(c + i * cut.column_block + j);
                     if (args.bias) value += load_lanes(args.bias + column + j, columns - j);
-                    store_lanes(args.c + (row + i) * args.columns + column + j, value, columns - j);
+                    float* const to = args.c + (row + i) * args.columns + column + j;
+                    streams ? stream_vector(to, value) : store_lanes(to, value, columns - j);
                 }
         }
+        if (streams) stream_fence();
     }
 }
 
