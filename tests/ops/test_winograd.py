@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import native_convolutions
@@ -251,6 +252,22 @@ def test_bfloat16_of_equal_numbers_overflows_nothing(value):
         layer_by_layer(of, torch.float64),
     )
     torch.testing.assert_close(output.double(), expected["output"], rtol=1e-2, atol=1e-37)
+
+
+@pytest.mark.parametrize("signs", list(product((1.0, -1.0), repeat=3)))
+def test_bfloat16_of_signs_that_add_up_overflows_nothing(signs):
+    """Each transformed pixel is as large as it can be for some of these signs, and of one sign in all channels."""
+    of = Arguments(
+        Case(
+            images=1, in_channels=256, out_channels=16, height=4, width=4, pending="stored", dtype=torch.bfloat16,
+            has_bias=False,
+        )
+    )  # fmt: skip
+    along = torch.tensor((1.0, *signs))
+    of.stored.copy_(along[:, None] * along)
+    of.weight.fill_(1.0)
+    output, expected = of.case.native.forward(of.pending, of.weight, None), layer_by_layer(of, torch.float64)["output"]
+    torch.testing.assert_close(output.double(), expected, rtol=1e-2, atol=1e-2 * expected.abs().max().item())
 
 
 @pytest.mark.parametrize("value", [1.0, -1e16, 1e-16, 0.0])
