@@ -20,11 +20,12 @@ constexpr Index block_columns = 64;             // output channels of a block
 constexpr Index block_input_bytes = 384 << 10;  // of the transformed input of a block
 constexpr Index block_tiles_least = 16;
 constexpr Index block_tiles_most = 48;
-constexpr Index integer_columns_least = 16;     // output channels: below, rounding the input costs more than it saves
-constexpr Index own_weight_bytes = 640 << 10;   // of a transformed weight that each thread makes for itself: it costs
-                                                // less than to fetch what another core has written
-constexpr Index wave_weight_bytes = 8 << 20;    // of a phase's transformed weight: from here on waves are faster for
-constexpr Index wave_tiles_most = 96;           // so few tiles, and for any where it takes half of the shared cache
+constexpr Index integer_columns_least = 16;    // output channels: below, rounding the input costs more than it saves
+constexpr Index own_weight_bytes = 640 << 10;  // of a transformed weight that each thread makes for itself: it costs
+                                               // less than to fetch what another core has written
+constexpr Index wave_weight_bytes = 8 << 20;  // of a transformed weight: from here on waves are faster for so few tiles
+constexpr Index wave_tiles_most = 96;         // (half as many as there are output channels, at most), and for any
+                                              // where it takes half of the shared cache
 constexpr Index wave_output_bytes = 900 << 10;  // of the products that a thread has in its cache
 
 // What one output phase is made of: where the first tap of its first output reads, and the taps.
@@ -266,9 +267,9 @@ void run(const Pass& pass, Index images, int threads, Finish finish) {
     const Destination& to = pass.destination;
     const Tiles tiles(images, ceiling(to.height, to.step), ceiling(to.width, to.step), points_of<taps>);
     const Index depth = depth_of<step>(pass.walk.taps), columns = whole_vectors(to.channels);
-    const Index weight_bytes = frequencies * depth * columns * 4;
-    if (2 * weight_bytes * pass.walk.phase_count >= cache_bytes() ||
-        (weight_bytes >= wave_weight_bytes && tiles.count <= wave_tiles_most))
+    const Index weight_bytes = frequencies * depth * columns * 4 * pass.walk.phase_count;
+    if (2 * weight_bytes >= cache_bytes() ||
+        (weight_bytes >= wave_weight_bytes && tiles.count <= smaller(wave_tiles_most, columns / 2)))
         return run_waves<taps, step, integers>(pass, tiles, Blocks(tiles, pass.groups, block_tiles_most), threads,
                                                finish);
     // Small maps: enough blocks that each thread gets some, before the tiles become too few for the products.
