@@ -16,6 +16,19 @@ inline Activation activation_of(const PendingActivation& pending) {
     return pending.activation_first ? Activation::kink_affine : Activation::affine_kink;
 }
 
+// make<kind>() of the activation.
+template <class Make>
+auto for_activation(Activation kind, Make make) {
+    switch (kind) {
+        case Activation::affine_kink:
+            return make.template operator()<Activation::affine_kink>();
+        case Activation::kink_affine:
+            return make.template operator()<Activation::kink_affine>();
+        default:
+            return make.template operator()<Activation::identity>();
+    }
+}
+
 // A tensor that holds the values themselves.
 inline PendingActivation written(const void* values) {
     return {values, nullptr, nullptr, 1.0f, false};

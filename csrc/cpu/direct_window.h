@@ -218,14 +218,7 @@ using PackWords = void (*)(const Windowed&, Index first, Index count, Index begi
 
 template <class T, Packing packing>
 PackWords pack_words_of(Activation kind) {
-    switch (kind) {
-        case Activation::affine_kink:
-            return pack_words<T, packing, Activation::affine_kink>;
-        case Activation::kink_affine:
-            return pack_words<T, packing, Activation::kink_affine>;
-        default:
-            return pack_words<T, packing, Activation::identity>;
-    }
+    return for_activation(kind, []<Activation of>() -> PackWords { return pack_words<T, packing, of>; });
 }
 
 template <Packing packing>

@@ -98,8 +98,7 @@ void round_segment(const Source& source, Pixel origin, const Segment& segment, c
                    float* scales, Index scale_stride, float* scratch) {
     constexpr int points = points_of<taps>;
     constexpr Index most = whole_vectors((segment_limit + 1) * points);
-    using Columns = SegmentColumns<T, taps, step, kind>;
-    const Columns of(source, origin, segment);
+    const SegmentColumns<T, InputSide<taps>, step, kind> of(source, origin, segment);
     Vector(*const columns)[points] = reinterpret_cast<Vector(*)[points]>(scratch);
     // The largest magnitude of each row of `tile` columns: a tile's own, and those that it shares with the next.
     VectorBits largest[most] = {};
@@ -144,14 +143,7 @@ using RoundSegment = void (*)(const Source&, Pixel origin, const Segment&, const
 
 template <class T, int taps, int step>
 RoundSegment round_of(Activation kind) {
-    switch (kind) {
-        case Activation::affine_kink:
-            return round_segment<T, taps, step, Activation::affine_kink>;
-        case Activation::kink_affine:
-            return round_segment<T, taps, step, Activation::kink_affine>;
-        default:
-            return round_segment<T, taps, step, Activation::identity>;
-    }
+    return for_activation(kind, []<Activation of>() -> RoundSegment { return round_segment<T, taps, step, of>; });
 }
 
 // The left factors of some tiles: floats, or integers.
@@ -167,7 +159,7 @@ struct Left<taps, step, false> {
     static constexpr Index scale_stride = 0;
 
     Left(Index tiles, Index depth, Dtype dtype, Activation kind)
-        : words(frequencies, tiles, depth), transform(transform_of<taps, step>(dtype, kind)) {}
+        : words(frequencies, tiles, depth), transform(transform_of<InputSide<taps>, step>(dtype, kind)) {}
     std::size_t bytes() const { return Workspace::padded(words.bytes()); }
     std::size_t scratch_bytes() const { return 0; }
     void place(char* at, char*) { words.values = reinterpret_cast<float*>(at); }

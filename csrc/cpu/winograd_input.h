@@ -69,12 +69,11 @@ template <class Side, int step>
     }
 }
 
-// The first transform of V = Bᵀ a B, of a segment's tiles. Tap i of the first output reads pixel origin + i*step +
-// phase.
-template <class T, int taps, int step, Activation kind>
+// The first transform of a segment's tiles. Pixel i of the first tile is pixel origin + i*step + phase of the map.
+template <class T, class Side, int step, Activation kind>
 struct SegmentColumns {
-    static constexpr int points = points_of<taps>;
-    static constexpr Index most = step * (segment_limit * tile + taps - 1);  // columns of a segment
+    static constexpr int pixels = Side::pixels, points = Side::points;
+    static constexpr Index most = step * (segment_limit * tile + pixels - tile);  // columns of a segment
     const Source& source;
     const T* image;
     const float *scales, *shifts;
@@ -92,7 +91,7 @@ struct SegmentColumns {
           row_points(segment.row_points),
           top(step * (segment.row * tile - row_points.first) + origin.row),
           left(step * (segment.column * tile - segment.column_points.first) + origin.column),
-          width(step * (segment.tiles * tile + taps - 1)),
+          width(step * (segment.tiles * tile + pixels - tile)),
           left_end(clamped(-left, step * segment.column_points.first, width)),
           right_end(clamped(source.width - left, left_end, width - step * (points - segment.column_points.last))) {}
 
@@ -106,121 +105,55 @@ struct SegmentColumns {
         Vector scale{}, shift{};
         if (kind != Activation::identity) scale = load_lanes(scales + c, count), shift = load_lanes(shifts + c, count);
         const Index from = larger(row_points.first, ceiling(larger(0, -start), step));  // inside the image
-        const Index until = smaller(row_points.last, ceiling(larger(0, source.height - start), step));
+        const Index until = smaller(smaller(pixels, row_points.last), ceiling(larger(0, source.height - start), step));
         const T* pixel = image + start * row_stride + (left + left_end) * source.channels + c;
-        if (from == 0 && until == points && count >= lanes) {
-            transform_columns<T, InputSide<taps>, kind>(pixel, step * row_stride, source.channels, right_end - left_end,
-                                                        scale, shift, leaky, columns + left_end);
+        if (from == 0 && until == pixels && count >= lanes) {
+            transform_columns<T, Side, kind>(pixel, step * row_stride, source.channels, right_end - left_end, scale,
+                                             shift, leaky, columns + left_end);
         } else {
             for (Index x = left_end; x < right_end; ++x, pixel += source.channels) {
-                Vector d[points];
-                for (int y = 0; y < points; ++y)
+                Vector d[pixels];
+                for (int y = 0; y < pixels; ++y)
                     d[y] = y < from || y >= until
                                ? Vector{}
                                : activate<kind>(load_lanes(pixel + y * step * row_stride, count), scale, shift, leaky);
-                transform_input(d, columns[x]);
+                Side::transform(d, columns[x]);
             }
         }
     }
 };
 
-// V of channels [begin, end) of a segment's tiles, the first of which is number `first` of `to`. `begin` is a multiple
-// of `lanes`.
-template <class T, int taps, int step, Activation kind>
+// V = Bᵀ a B, or D = A a Aᵀ, of channels [begin, end) of a segment's tiles, the first of which is number `first` of
+// `to`. `begin` is a multiple of `lanes`.
+template <class T, class Side, int step, Activation kind>
 void transform_segment(const Source& source, Pixel origin, const Segment& segment, const Transformed& to, Index first,
                        Index begin, Index end) {
-    using Columns = SegmentColumns<T, taps, step, kind>;
-    Vector columns[Columns::most][points_of<taps>];
+    using Columns = SegmentColumns<T, Side, step, kind>;
+    Vector columns[Columns::most][Side::points];
     const Columns of(source, origin, segment);
     for (Index c = begin; c < end; c += lanes)
         for (int row_phase = 0; row_phase < step; ++row_phase) {
             of.transform(c, row_phase, columns);
             for (int column_phase = 0; column_phase < step; ++column_phase)
-                transform_rows<InputSide<taps>, step>(
+                transform_rows<Side, step>(
                     columns + column_phase, segment.tiles, segment.row_points,
                     to.at(first, (c - begin) * step * step + (row_phase * step + column_phase) * lanes), to.width,
                     to.frequency);
         }
 }
 
-// D = A a Aᵀ of channels [begin, end) of a segment's tiles: the output's side of the weight's gradient.
-template <class T, int taps, Activation kind>
-void transform_output_segment(const Source& source, const Segment& segment, const Transformed& to, Index first,
-                              Index begin, Index end) {
-    constexpr int points = points_of<taps>;
-    Vector columns[segment_limit * tile][points];
-    const T* image = source.image<T>(segment.image);
-    const float* scales = source.pixels.scale + source.per_channel(segment.image);
-    const float* shifts = source.pixels.shift + source.per_channel(segment.image);
-    const Leaky leaky(source.pixels.negative_slope);
-    const Index from = segment.row_points.first, left_end = segment.column_points.first;
-    const Index top = segment.row * tile - from, left = segment.column * tile - left_end, width = segment.tiles * tile;
-    const Index row_stride = source.width * source.channels;
-    const Index right_end = clamped(source.width - left, left_end, width);
-    const Index until = clamped(source.height - top, from, tile);
-    for (Index x = 0; x < width; ++x)
-        if (x < left_end || x >= right_end)
-            for (Vector& v : columns[x]) v = Vector{};
-    for (Index c = begin; c < end; c += lanes) {
-        const Index count = source.channels - c;
-        Vector scale{}, shift{};
-        if (kind != Activation::identity) scale = load_lanes(scales + c, count), shift = load_lanes(shifts + c, count);
-        const T* pixel = image + top * row_stride + (left + left_end) * source.channels + c;
-        if (from == 0 && until == tile && count >= lanes) {
-            transform_columns<T, OutputSide<taps>, kind>(pixel, row_stride, source.channels, right_end - left_end,
-                                                         scale, shift, leaky, columns + left_end);
-        } else {
-            for (Index x = left_end; x < right_end; ++x, pixel += source.channels) {
-                Vector d[tile];
-                for (int y = 0; y < tile; ++y)
-                    d[y] = y < from || y >= until
-                               ? Vector{}
-                               : activate<kind>(load_lanes(pixel + y * row_stride, count), scale, shift, leaky);
-                transform_output_grad(d, columns[x]);
-            }
-        }
-        transform_rows<OutputSide<taps>, 1>(columns, segment.tiles, segment.row_points, to.at(first, c - begin),
-                                            to.width, to.frequency);
-    }
-}
-
 using TransformSegment = void (*)(const Source&, Pixel origin, const Segment&, const Transformed&, Index first,
                                   Index begin, Index end);
-using TransformOutputSegment = void (*)(const Source&, const Segment&, const Transformed&, Index first, Index begin,
-                                        Index end);
 
-template <class T, int taps, int step>
+template <class T, class Side, int step>
 TransformSegment transform_of(Activation kind) {
-    switch (kind) {
-        case Activation::affine_kink:
-            return transform_segment<T, taps, step, Activation::affine_kink>;
-        case Activation::kink_affine:
-            return transform_segment<T, taps, step, Activation::kink_affine>;
-        default:
-            return transform_segment<T, taps, step, Activation::identity>;
-    }
+    return for_activation(kind,
+                          []<Activation of>() -> TransformSegment { return transform_segment<T, Side, step, of>; });
 }
 
-template <int taps, int step>
+template <class Side, int step>
 TransformSegment transform_of(Dtype dtype, Activation kind) {
-    return dtype == Dtype::float32 ? transform_of<float, taps, step>(kind) : transform_of<bfloat16, taps, step>(kind);
-}
-
-template <class T, int taps>
-TransformOutputSegment transform_output_of(Activation kind) {
-    switch (kind) {
-        case Activation::affine_kink:
-            return transform_output_segment<T, taps, Activation::affine_kink>;
-        case Activation::kink_affine:
-            return transform_output_segment<T, taps, Activation::kink_affine>;
-        default:
-            return transform_output_segment<T, taps, Activation::identity>;
-    }
-}
-
-template <int taps>
-TransformOutputSegment transform_output_of(Dtype dtype, Activation kind) {
-    return dtype == Dtype::float32 ? transform_output_of<float, taps>(kind) : transform_output_of<bfloat16, taps>(kind);
+    return dtype == Dtype::float32 ? transform_of<float, Side, step>(kind) : transform_of<bfloat16, Side, step>(kind);
 }
 
 }  // namespace ganvas::cpu::GANVAS_ISA

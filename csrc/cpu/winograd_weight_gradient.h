@@ -140,9 +140,10 @@ void weight_gradient(const WeightGradient& args, Index images, int threads) {
     const ThreadWorkspaces scratch(part_bytes + (apart ? factor_bytes : 0) + (apart || at_once ? u_room : 0), threads);
     char* const shared_factors = apart ? nullptr : static_cast<char*>(workspace.take(factor_bytes));
     char* const shared_u = apart || at_once ? nullptr : static_cast<char*>(workspace.take(u_room));
-    const TransformSegment transform = transform_of<taps, step>(args.dtype, activation_of(args.source.pixels));
-    const TransformOutputSegment transform_output =
-        transform_output_of<taps>(args.dtype, activation_of(args.destination.pixels));
+    const TransformSegment transform =
+        transform_of<InputSide<taps>, step>(args.dtype, activation_of(args.source.pixels));
+    const TransformSegment transform_output =
+        transform_of<OutputSide<taps>, 1>(args.dtype, activation_of(args.destination.pixels));
 
     const auto factors_of = [&](Index party) { return apart ? scratch.of(party) + part_bytes : shared_factors; };
     const auto piece_of = [&](Index owner, Index piece) {
@@ -246,7 +247,7 @@ void weight_gradient(const WeightGradient& args, Index images, int threads) {
                          });
                     take(of, of.d, run, args.destination.channels, 1,
                          [&](const Segment& s, const Transformed& to, Index tile, Index from, Index until) {
-                             transform_output(args.destination, s, to, tile, from, until);
+                             transform_output(args.destination, {0, 0}, s, to, tile, from, until);
                          });
                 });
                 if (at_once) {

@@ -79,14 +79,13 @@ std::size_t Workspace::padded(std::size_t bytes) {
 }
 
 ThreadWorkspaces::ThreadWorkspaces(std::size_t bytes, int threads) {
-    for (int thread = 0; thread < threads; ++thread)
-        begins_.push_back(static_cast<char*>(blocks_.emplace_back(bytes, thread).take(bytes)));
+    for (int thread = 0; thread < threads; ++thread) blocks_.emplace_back(bytes, thread);
 }
 
 ThreadWorkspaces::~ThreadWorkspaces() = default;
 
 char* ThreadWorkspaces::of(std::int64_t thread) const {
-    return begins_[static_cast<std::size_t>(thread)];
+    return reinterpret_cast<char*>(blocks_[static_cast<std::size_t>(thread)].begin_);
 }
 
 std::size_t workspace_bytes_held() {

@@ -4,7 +4,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <deque>
-#include <vector>
 
 namespace ganvas::cpu {
 
@@ -25,6 +24,7 @@ class Workspace {
     static std::size_t padded(std::size_t bytes);
 
   private:
+    friend class ThreadWorkspaces;
     std::byte* begin_ = nullptr;
     std::size_t bytes_;
     std::size_t used_ = 0;
@@ -40,7 +40,6 @@ class ThreadWorkspaces {
 
   private:
     std::deque<Workspace> blocks_;
-    std::vector<char*> begins_;
 };
 
 // Bytes that the pool holds for later calls, and giving them back to the system.
