@@ -17,7 +17,7 @@ import torch
 import ganvas
 import workloads
 from ganvas.ops.gan_loss import KINDS
-from memory import activation_bytes, peak_bytes
+from memory import activation_bytes, peak_bytes, resident_peak_bytes
 from shapes import ACTIVATIONS, BOTTLENECKS, CHAINS, LOGITS, UPSAMPLED, MapShape
 from timing import Timing, interleaved
 
@@ -145,13 +145,16 @@ def inference(name: str, dtype: torch.dtype, arguments: argparse.Namespace) -> I
 def memory(name: str, dtype: torch.dtype, arguments: argparse.Namespace) -> Iterator[str]:
     """Memory of a conv-BN-LeakyReLU chain's training step."""
     yield f"Four conv3×3-BN-LeakyReLU layers, {name}: MiB\n"
-    yield _header(["shape"], ["kept for backward: eager", "ganvas", "ratio", "peak: eager", "ganvas", "ratio"], [])
+    columns = [
+        cell for title in ("kept for backward", "peak of tensors", "peak of the process")
+        for cell in (f"{title}: eager", "ganvas", "ratio")
+    ]  # fmt: skip
+    yield _header(["shape"], columns, [])
     for shape in (MapShape(64, 64, 32), MapShape(32, 128, 16), MapShape(128, 32, 28)):
         if arguments.shape in (None, str(shape)):
-            kept = activation_bytes(shape, dtype)
-            peak = peak_bytes(shape, dtype)
             cells = []
-            for pair in (kept, peak):
+            for measured in (activation_bytes, peak_bytes, resident_peak_bytes):
+                pair = measured(shape, dtype)
                 eager, ours = pair["eager"], pair["ganvas"]
                 cells += [f"{eager / 2**20:.1f}", f"{ours / 2**20:.1f}", f"{ours / eager:.2f}"]
             yield _row([str(shape)], cells, [])

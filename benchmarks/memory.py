@@ -1,14 +1,22 @@
-"""Memory of a training step: what autograd keeps between forward and backward, and the highest sum of live tensors."""
+"""Memory of a training step.
+
+What autograd keeps between forward and backward, the highest sum of live tensors, and what the process holds at most,
+scratch memory of either side included.
+"""
 
 from __future__ import annotations
 
 import copy
+import ctypes
+import gc
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 import ganvas
+from ganvas import _native as native
 from shapes import MapShape
 
 
@@ -27,10 +35,19 @@ def activation_bytes(shape: MapShape, dtype: torch.dtype) -> dict[str, int]:
 
 def peak_bytes(shape: MapShape, dtype: torch.dtype) -> dict[str, int]:
     """Highest sum of live tensor bytes during forward + backward, over what lived before the step."""
+    return _of_a_step(shape, dtype, host_peak_bytes)
+
+
+def resident_peak_bytes(shape: MapShape, dtype: torch.dtype) -> dict[str, int]:
+    """The same of the process's resident memory: with the scratch memory of ganvas and of oneDNN. Linux only."""
+    return _of_a_step(shape, dtype, process_peak_bytes)
+
+
+def _of_a_step(shape: MapShape, dtype: torch.dtype, measured: Callable[[Callable[[], object]], int]) -> dict[str, int]:
     peaks = {}
     for name, (model, x) in _candidates(shape, dtype).items():
         model(x).sum().backward()  # gradients exist already in any step but the first
-        peaks[name] = host_peak_bytes(lambda model=model, x=x: model(x).sum().backward())
+        peaks[name] = measured(lambda model=model, x=x: model(x).sum().backward())
     return peaks
 
 
@@ -70,3 +87,25 @@ def host_peak_bytes(call: Callable[[], object]) -> int:
         live += record.nbytes()
         highest = max(highest, live)
     return highest
+
+
+def process_peak_bytes(call: Callable[[], object]) -> int:
+    """Highest resident memory of this process during a call, over what it held before; idle memory is given back.
+
+    The least of three calls: how well the heap's gaps are filled changes from call to call.
+    """
+    peaks = []
+    for _ in range(3):
+        gc.collect()
+        native.release_workspace()
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the highest is now the present
+        before = _status_bytes("VmRSS")
+        call()
+        peaks.append(_status_bytes("VmHWM") - before)
+    return min(peaks)
+
+
+def _status_bytes(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024

@@ -299,15 +299,15 @@ void convolution_backward_weight_(const Convolution& convolution, std::int64_t g
                                 threads);
 }
 
-// forward, backward_input and backward_weight, strides of the weight, norm, eps, negative_slope, activation_first and
-// max_pool.
+// forward, backward_input and backward_weight, strides of the weight, numbers of one of bfloat16, norm, eps,
+// negative_slope, activation_first and max_pool.
 using LayerArguments = std::tuple<std::shared_ptr<Convolution>, std::shared_ptr<Convolution>,
-                                  std::shared_ptr<Convolution>, Strides, Norm, float, float, bool, bool>;
+                                  std::shared_ptr<Convolution>, Strides, std::int64_t, Norm, float, float, bool, bool>;
 
 Chain make_chain(const std::vector<LayerArguments>& arguments, std::int64_t groups) {
     std::vector<ChainLayer> layers;
-    for (const auto& [forward, backward_input, backward_weight, strides, norm, eps, slope, first, pool] : arguments)
-        layers.push_back({forward, backward_input, backward_weight, strides, norm, eps, slope, first, pool});
+    for (const auto& [forward, into, of_weight, strides, narrow, norm, eps, slope, first, pool] : arguments)
+        layers.push_back({forward, into, of_weight, strides, narrow, norm, eps, slope, first, pool});
     return Chain(std::move(layers), groups);
 }
 
@@ -334,8 +334,8 @@ std::vector<LayerTensors> layer_tensors(const Chain& chain, const Addresses& par
         const ChainLayer& layer = chain.layers()[i];
         LayerTensors own{};
         const Address* of = of_layer("parameters", parameters, parameter_count, i, count);
-        require_address("weight", of[0], 4);
-        own.weight = pointer<float>(of[0]), own.bias = pointer<float>(of[1]);
+        require_address("weight", of[0], layer.narrow_weight ? 2 : 4);
+        own.weight = pointer<void>(of[0]), own.bias = pointer<float>(of[1]);
         own.bn_weight = pointer<float>(of[2]), own.bn_bias = pointer<float>(of[3]);
         if (!moving.empty()) {
             of = of_layer("moving statistics", moving, moving_count, i, count);
@@ -376,7 +376,7 @@ void chain_forward_(const Chain& chain, Address input, Address residual, const A
 
 void chain_backward_(const Chain& chain, Address grad_output, Address input, Address output,
                      const Addresses& parameters, const Addresses& kept, Address statistics, Address grad_input,
-                     Address grad_residual, const Addresses& gradients, int threads) {
+                     Address grad_residual, const Addresses& gradients, bool overwrites_kept, int threads) {
     const std::size_t alignment = element_size(chain.first().dtype), count = chain.layers().size();
     require_address("grad_output", grad_output, alignment);
     require_address("input", input, alignment);
@@ -387,11 +387,12 @@ void chain_backward_(const Chain& chain, Address grad_output, Address input, Add
     wanted.reserve(count);
     for (std::size_t i = 0; i < count; ++i) {
         const Address* const of = of_layer("gradients", gradients, parameter_count, i, count);
-        wanted.push_back({pointer<float>(of[0]), pointer<float>(of[1]), pointer<float>(of[2]), pointer<float>(of[3])});
+        wanted.push_back({pointer<void>(of[0]), pointer<float>(of[1]), pointer<float>(of[2]), pointer<float>(of[3])});
     }
-    chain.backward({pointer<void>(grad_output), pointer<void>(input), pointer<void>(output), pointer<float>(statistics),
-                    pointer<void>(grad_input), pointer<void>(grad_residual), tensors.data(), wanted.data()},
-                   threads);
+    chain.backward(
+        {pointer<void>(grad_output), pointer<void>(input), pointer<void>(output), pointer<float>(statistics),
+         pointer<void>(grad_input), pointer<void>(grad_residual), overwrites_kept, tensors.data(), wanted.data()},
+        threads);
 }
 
 void matrix_product_(std::int64_t rows, std::int64_t columns, std::int64_t depth, Address a,

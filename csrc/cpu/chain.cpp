@@ -1,11 +1,13 @@
 #include "chain.h"
 
 #include <algorithm>
+#include <deque>
 #include <utility>
 
 #include "../require.h"
 #include "batch_norm_leaky_relu.h"
 #include "channel_sums.h"
+#include "conversion.h"
 #include "max_pool.h"
 #include "pending_gradient.h"
 #include "workspace.h"
@@ -24,6 +26,10 @@ std::int64_t stored_bytes(const ChainLayer& layer) {
 std::int64_t pooled_pixels(const ChainLayer& layer) {
     const ConvolutionShape& s = layer.shape();
     return s.batch * (s.out_height / 2) * (s.out_width / 2) * s.out_channels;
+}
+
+std::int64_t pooled_bytes(const ChainLayer& layer) {
+    return pooled_pixels(layer) * element_bytes(layer.shape().dtype);
 }
 
 void require_fit(const ChainLayer& before, const ChainLayer& layer) {
@@ -59,9 +65,15 @@ struct Stage {
     }
     // Without a norm variance is 1, and nothing may be added to it.
     float eps() const { return layer.norm == Norm::none ? 0.0f : layer.eps; }
-    ConvolutionWeight weight() const {
+    ConvolutionWeight laid_out(const void* values) const {
         const auto& strides = layer.weight_strides;
-        return {tensors.weight, strides[0], strides[1], strides[2], strides[3]};
+        return {static_cast<const float*>(values), strides[0], strides[1], strides[2], strides[3]};
+    }
+    // The weight as kernels read it: `copy` has room for one of bfloat16 in float32.
+    ConvolutionWeight weight(float* copy, int threads) const {
+        if (!layer.narrow_weight) return laid_out(tensors.weight);
+        convert({{tensors.weight, copy, layer.narrow_weight}}, Dtype::float32, threads);
+        return laid_out(copy);
     }
 };
 
@@ -117,7 +129,39 @@ class Buffers {
     char* first_;
 };
 
-// Memory for numbers per channel.
+// Memory for gradients of pixels, one layer's and the next one's at a time.
+class GradientMemory {
+  public:
+    struct Block {
+        void* begin;
+        std::int64_t bytes;
+    };
+
+    // Each block of its own is of `largest` bytes.
+    explicit GradientMemory(std::int64_t largest) : largest_(largest) {}
+    // The block that was given last, which the cache may still hold, of those that are large enough.
+    Block take(std::int64_t bytes) {
+        for (auto block = free_.rbegin(); block != free_.rend(); ++block)
+            if (block->bytes >= bytes) {
+                const Block found = *block;
+                free_.erase(std::next(block).base());
+                return found;
+            }
+        const auto count = static_cast<std::size_t>(largest_);
+        return {own_.emplace_back(Workspace::padded(count)).take(count), largest_};
+    }
+    // A block, or null, that is not read any more.
+    void give(Block block) {
+        if (block.begin) free_.push_back(block);
+    }
+
+  private:
+    std::int64_t largest_;
+    std::vector<Block> free_;
+    std::deque<Workspace> own_;
+};
+
+// Memory for float32 numbers.
 class Floats {
   public:
     explicit Floats(std::int64_t count)
@@ -129,6 +173,13 @@ class Floats {
     Workspace workspace_;
     float* first_;
 };
+
+// The most numbers that a weight of bfloat16 has.
+std::int64_t largest_narrow_weight(const std::vector<ChainLayer>& layers) {
+    std::int64_t largest = 0;
+    for (const ChainLayer& layer : layers) largest = std::max(largest, layer.narrow_weight);
+    return largest;
+}
 
 // Whether a layer's activation is written at once, where no backward pass follows.
 bool can_activate(const ChainLayer& layer) {
@@ -169,6 +220,7 @@ std::int64_t Chain::statistics_floats() const {
 void Chain::forward(const ChainForward& call, int threads) const {
     const bool kept = call.layers[0].stored != nullptr;
     const Buffers buffers = kept ? Buffers(0, 0) : forward_buffers(layers_);
+    const Floats weight_copy(largest_narrow_weight(layers_));
     std::vector<std::uint8_t> winners;  // that nobody will ask for
 
     PendingActivation before{call.input, nullptr, nullptr, 1.0f, false};
@@ -186,7 +238,7 @@ void Chain::forward(const ChainForward& call, int threads) const {
         // Groups are told apart where the input or the output has statistics of each.
         args.shape = layer.forward->grouped(before.scale || layer.norm == Norm::batch ? groups_ : 1);
         args.input = before;
-        args.weight = stage.weight();
+        args.weight = stage.weight(weight_copy.first(), threads);
         args.bias = tensors.bias;
         args.output = output;
         if (layer.norm == Norm::batch) {
@@ -237,13 +289,15 @@ void Chain::backward(const ChainBackward& call, int threads) const {
         largest = std::max(largest, stored_bytes(layer));
         channels = std::max(channels, layer.shape().out_channels);
     }
-    const Buffers buffers(2, largest);
+    GradientMemory memory(largest);
     const Floats floats((2 * groups_ + 2) * channels);
     float *const sum = floats.first(), *const sum_deviation = sum + groups_ * channels;
     float *const unwanted_weight = sum_deviation + groups_ * channels, *const unwanted_bias =
                                                                            unwanted_weight + channels;
 
-    void* gradient = nullptr;  // of what the layer puts out; for one that does not pool, with the sums
+    const Floats wide(largest_narrow_weight(layers_));  // a weight, or its gradient, in float32
+    // Of what the layer puts out, for one that does not pool with the sums; then of the convolution's raw output.
+    GradientMemory::Block gradient{};
     for (std::size_t i = count; i-- > first;) {
         const Stage<const float>& stage = stages[i];
         const ChainLayer& layer = stage.layer;
@@ -260,20 +314,23 @@ void Chain::backward(const ChainBackward& call, int threads) const {
         if (last && layer.is_bare()) {
             raw = call.grad_output;
         } else if (layer.max_pool) {
-            void* const result = buffers.other_than(gradient);
-            max_pool_backward(
-                {stage.pool_shape(), stage.pending(tensors.stored), last ? call.grad_output : gradient, tensors.winners,
-                 training, stage.eps(), tensors.bn_weight, stage.mean, stage.var, result, of_bn_weight, of_bn_bias},
-                threads);
-            raw = result;
+            const GradientMemory::Block result = memory.take(stored_bytes(layer));
+            max_pool_backward({stage.pool_shape(), stage.pending(tensors.stored),
+                               last ? call.grad_output : gradient.begin, tensors.winners, training, stage.eps(),
+                               tensors.bn_weight, stage.mean, stage.var, result.begin, of_bn_weight, of_bn_bias},
+                              threads);
+            memory.give(gradient);
+            gradient = result;
+            raw = gradient.begin;
         } else if (last) {
-            void* const result = buffers.other_than(nullptr);
+            gradient = memory.take(stored_bytes(layer));
             const void* side = call.grad_residual && !call.output ? call.grad_output : call.output;
-            batch_norm_leaky_relu_backward({stage.norm_shape(), call.grad_output, tensors.stored, tensors.bn_weight,
-                                            tensors.bn_bias, stage.mean, stage.var, training, result, of_bn_weight,
-                                            of_bn_bias, call.grad_residual ? side : nullptr, call.grad_residual},
-                                           threads);
-            raw = result;
+            batch_norm_leaky_relu_backward(
+                {stage.norm_shape(), call.grad_output, tensors.stored, tensors.bn_weight, tensors.bn_bias, stage.mean,
+                 stage.var, training, gradient.begin, of_bn_weight, of_bn_bias, call.grad_residual ? side : nullptr,
+                 call.grad_residual},
+                threads);
+            raw = gradient.begin;
         } else {
             if (layer.norm == Norm::none) {
                 std::fill_n(of_bn_bias, shape.out_channels, 0.0f);
@@ -282,12 +339,13 @@ void Chain::backward(const ChainBackward& call, int threads) const {
             } else {
                 settle_pending_gradient(
                     {shape.dtype, rows_of(shape), shape.out_channels, groups_, layer.eps, layer.negative_slope,
-                     layer.activation_first, training, gradient, tensors.stored, tensors.bn_weight, stage.mean,
+                     layer.activation_first, training, gradient.begin, tensors.stored, tensors.bn_weight, stage.mean,
                      stage.var, sum, sum_deviation, of_bn_weight, of_bn_bias},
                     threads);
             }
-            raw = gradient;
+            raw = gradient.begin;
         }
+        if (call.overwrites_kept) memory.give({tensors.stored, stored_bytes(layer)});
         if (wanted.bias) {
             if (training && !layer.activation_first)  // subtracting the mean cancels a bias
                 std::fill_n(wanted.bias, shape.out_channels, 0.0f);
@@ -304,19 +362,28 @@ void Chain::backward(const ChainBackward& call, int threads) const {
                                                  : PendingActivation{previous ? previous->tensors.pooled : call.input,
                                                                      nullptr, nullptr, 1.0f, false};
         const std::int64_t groups = pending ? groups_ : 1;
-        const ConvolutionWeight weight = stage.weight();
         if (wanted.weight) {
             require(layer.backward_weight != nullptr, "a weight's gradient is asked for, but not made here");
+            float* const of_weight = layer.narrow_weight ? wide.first() : static_cast<float*>(wanted.weight);
             layer.backward_weight->backward_weight(
-                {layer.backward_weight->grouped(groups), before, raw, wanted.weight, weight}, threads);
+                {layer.backward_weight->grouped(groups), before, raw, of_weight, stage.laid_out(nullptr)}, threads);
+            if (layer.narrow_weight)
+                convert({{of_weight, wanted.weight, layer.narrow_weight}}, Dtype::bfloat16, threads);
         }
         if (i == first && !call.grad_input) break;
         require(layer.backward_input != nullptr, "an input's gradient is asked for, but not made here");
-        gradient = i == 0 ? call.grad_input : buffers.other_than(raw);
+        const GradientMemory::Block next =
+            i == 0 ? GradientMemory::Block{call.grad_input, 0}
+                   : memory.take(pending ? stored_bytes(previous->layer) : pooled_bytes(previous->layer));
         layer.backward_input->backward_input(
-            {layer.backward_input->grouped(groups), raw, weight, before, pending ? previous->mean : nullptr, gradient,
-             pending ? sum : nullptr, pending ? sum_deviation : nullptr},
+            {layer.backward_input->grouped(groups), raw, stage.weight(wide.first(), threads), before,
+             pending ? previous->mean : nullptr, next.begin, pending ? sum : nullptr,
+             pending ? sum_deviation : nullptr},
             threads);
+        memory.give(gradient);
+        if (call.overwrites_kept && previous && !pending)
+            memory.give({previous->tensors.pooled, pooled_bytes(previous->layer)});
+        gradient = next;
     }
 }
 

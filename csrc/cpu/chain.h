@@ -19,6 +19,7 @@ struct ChainLayer {
     std::shared_ptr<const Convolution> backward_input;   // null: no gradient goes that way here
     std::shared_ptr<const Convolution> backward_weight;  // likewise
     std::array<std::int64_t, 4> weight_strides;          // of the output's channels, the input's, rows and columns
+    std::int64_t narrow_weight;                          // numbers of a bfloat16 weight, without gaps; 0: of float32
     Norm norm;
     float eps, negative_slope;
     bool activation_first;
@@ -29,9 +30,9 @@ struct ChainLayer {
     bool is_bare() const { return norm == Norm::none && negative_slope == 1.0f && !max_pool; }
 };
 
-// A layer's tensors. Of pixels: [N, H, W, C] of the chain's dtype.
+// A layer's tensors. Of pixels: [N, H, W, C] of the chain's dtype. Of channels: float32.
 struct LayerTensors {
-    const float* weight;
+    const void* weight;
     const float* bias;                  // [Co] or null
     const float *bn_weight, *bn_bias;   // [Co] or null
     float *running_mean, *running_var;  // [Co] or null: moved with batch statistics, given with fixed ones
@@ -42,9 +43,10 @@ struct LayerTensors {
     std::uint8_t* winners;  // likewise, like the pooled pixels: which of each four; null: not kept
 };
 
-// Where a layer's gradients go; null where they are not wanted.
+// Where a layer's gradients go, each like what it belongs to; null where they are not wanted.
 struct LayerGradients {
-    float *weight, *bias, *bn_weight, *bn_bias;
+    void* weight;
+    float *bias, *bn_weight, *bn_bias;
 
     bool any() const { return weight || bias || bn_weight || bn_bias; }
 };
@@ -64,6 +66,7 @@ struct ChainBackward {
     const float* statistics;  // what forward left
     void* grad_input;         // null: not wanted
     void* grad_residual;      // null: there was none
+    bool overwrites_kept;     // what forward kept is needed no more: gradients may take its place
     const LayerTensors* layers;
     const LayerGradients* gradients;
 };

@@ -249,13 +249,25 @@ class Convolution:
 
 class Chain:
     """Layers in one call. Of each: its convolution forward and those of the gradients of input and weight, strides of
-    the weight, norm, eps, negative_slope, activation_first and max_pool.
+    the weight, numbers of one of bfloat16 (0: it is of float32), norm, eps, negative_slope, activation_first and
+    max_pool.
     """
 
     def __init__(
         self,
         layers: Sequence[
-            tuple[Convolution, Convolution | None, Convolution | None, Sequence[int], Norm, float, float, bool, bool]
+            tuple[
+                Convolution,
+                Convolution | None,
+                Convolution | None,
+                Sequence[int],
+                int,
+                Norm,
+                float,
+                float,
+                bool,
+                bool,
+            ]
         ],
         groups: int,
         /,
@@ -286,6 +298,7 @@ class Chain:
         grad_input: int,
         grad_residual: int,
         gradients: list[int],
+        overwrites_kept: bool,
         threads: int,
         /,
     ) -> None: ...

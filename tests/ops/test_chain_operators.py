@@ -218,7 +218,7 @@ def test_native_layers_are_one_call_forward_and_one_backward(monkeypatch):
     for name in ("forward", "backward"):
         original = getattr(NativeChain, name)
         monkeypatch.setattr(
-            NativeChain, name, lambda *args, name=name, call=original: (calls.append(name), call(*args))[1]
+            NativeChain, name, lambda *args, name=name, call=original, **kw: (calls.append(name), call(*args, **kw))[1]
         )
     input, layers, groups, residual = chain_of("residual")
     own = with_grad(layers)

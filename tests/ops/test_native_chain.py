@@ -176,6 +176,85 @@ def test_of_bfloat16_parameters_and_statistics(monkeypatch, calls, name, groups)
     assert_the_same(got, expected)
 
 
+def test_a_bfloat16_weight_with_gaps_leaves_the_chain_to_python(calls):
+    (one,) = chain_of("one layer")
+    wider = torch.zeros(48, 16, 3, 3, dtype=torch.bfloat16)
+    wider[::2] = one.weight
+    x = image(dtype=torch.bfloat16)
+    with torch.no_grad():
+        expected = conv_bn_leaky_relu_chain(x, [replace(one, weight=one.weight.bfloat16())])
+        assert torch.equal(conv_bn_leaky_relu_chain(x, [replace(one, weight=wider[::2])]), expected)
+    assert calls == ["forward"]
+
+
+def saved_of(output: Tensor) -> list[Tensor]:
+    return [tensor for tensor in output.grad_fn.saved_tensors if tensor is not None]
+
+
+def gradients_of(leaves: Sequence[Tensor]) -> list[Tensor]:
+    found = [leaf.grad for leaf in leaves]
+    for leaf in leaves:
+        leaf.grad = None
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["batch statistics", "pooling in the middle", "pooling", "strides"])
+def test_a_graph_that_is_retained_gives_the_same_gradients_again(calls, name, dtype):
+    x, layers = image(dtype=dtype).requires_grad_(), with_grad(chain_of(name), dtype)
+    leaves = [x, *(tensor for one in layers for tensor in one.tensors if tensor is not None)]
+    output = conv_bn_leaky_relu_chain(x, layers)
+    before = [tensor.clone() for tensor in saved_of(output)]
+    grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+    output.backward(grad, retain_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(saved_of(output), before, strict=True))
+    first = gradients_of(leaves)
+    output.backward(grad)
+    assert all(torch.equal(a, b) for a, b in zip(gradients_of(leaves), first, strict=True))
+    assert calls == ["forward", "backward", "backward"]
+
+
+def test_a_last_backward_pass_takes_one_buffer_beside_what_forward_kept():
+    native.release_workspace()
+    held = []
+    for retain_graph in (True, False):
+        output = conv_bn_leaky_relu_chain(image(16, 16, 128, 128), with_grad([layer(16, 16) for _ in range(3)]))
+        output.sum().backward(retain_graph=retain_graph)
+        held.append(native.workspace_bytes_held())
+        native.release_workspace()
+    assert held[0] - held[1] == output.numel() * output.element_size()
+
+
+def test_what_hooks_hold_stays_as_it_was(calls):
+    held = []
+
+    def hold(tensor: Tensor) -> Tensor:
+        held.append((tensor, tensor.clone()))
+        return tensor
+
+    layers = with_grad(chain_of("batch statistics"))
+    with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
+        output = conv_bn_leaky_relu_chain(image(), layers)
+    output.sum().backward()
+    assert all(torch.equal(tensor, copy) for tensor, copy in held)
+    assert calls == ["forward", "backward"]
+
+
+def test_a_backward_pass_that_fails_half_way_is_not_run_on_what_it_left(monkeypatch):
+    layers = with_grad(chain_of("batch statistics"))
+    output = conv_bn_leaky_relu_chain(image(), layers)
+
+    def fail(*_):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(native_chains, "_addresses", fail)
+        with pytest.raises(MemoryError):
+            output.sum().backward()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+
+
 PLACES = ["input", *(f"{name} {i}" for i in range(3) for name in ("weight", "bias", "bn_weight", "bn_bias"))]
 
 
@@ -297,7 +376,7 @@ def _convolution(channels: int = 16, out: int = 16, side: int = 8) -> native.Con
 
 
 def _layer(convolution: native.Convolution, norm: native.Norm = native.Norm.batch, max_pool: bool = False) -> tuple:
-    return convolution, convolution, convolution, (144, 9, 3, 1), norm, 1e-5, 0.2, False, max_pool
+    return convolution, convolution, convolution, (144, 9, 3, 1), 0, norm, 1e-5, 0.2, False, max_pool
 
 
 @pytest.mark.parametrize(
@@ -347,7 +426,7 @@ def test_a_gradient_that_is_not_made_is_refused():
         with pytest.raises(ValueError, match="is asked for, but not made here"):
             chain.backward(
                 x.data_ptr(), x.data_ptr(), 0, [weight.data_ptr(), 0, 0, 0], [x.data_ptr(), 0, 0],
-                statistics.data_ptr(), grad_input, 0, gradients, 1,
+                statistics.data_ptr(), grad_input, 0, gradients, False, 1,
             )  # fmt: skip
 
 

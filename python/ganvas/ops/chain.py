@@ -220,6 +220,7 @@ class _ChainFunction(torch.autograd.Function):
         result = output if residual is not None and layers[-1].negative_slope != 1.0 else None
         ctx.save_for_backward(input, residual, result, *tensors, *kept)
         ctx.layers, ctx.groups, ctx.native = layers, groups, native
+        ctx.only_graph_keeps = not _saved_tensors_are_hooked()
         return output
 
     @staticmethod
@@ -236,6 +237,7 @@ class _ChainFunction(torch.autograd.Function):
             grads = native.backward(
                 checks.channels_last(grad_output), checks.channels_last(input), result, tensors, kept, statistics,
                 residual is not None, wants_input, wanted,
+                overwrite_kept=ctx.only_graph_keeps and not _graph_is_retained(),
             )  # fmt: skip
         if grads is None:
             if native is None:
@@ -246,6 +248,18 @@ class _ChainFunction(torch.autograd.Function):
                 grad_output, input, result, stages, layers, tensors, residual is not None, wants_input, wanted
             )
         return grads.input, grads.residual, None, None, None, *grads.tensors
+
+
+def _graph_is_retained() -> bool:
+    """Whether another backward pass may follow the one that runs."""
+    retained = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return retained is None or retained()
+
+
+def _saved_tensors_are_hooked() -> bool:
+    """Whether someone beside the graph is handed what is saved for backward, and may hold on to it."""
+    hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return hooks is None or hooks(True) is not None
 
 
 def _stages(layers: Sequence[Layer], tensors: Sequence[Tensor | None], kept: Sequence[Tensor | None]) -> list[Stage]:

@@ -36,6 +36,7 @@ class NativeChain:
     ) -> None:  # fmt: skip
         self._layers, self._convolutions = layers, convolutions
         self._dtype, self._groups = dtype, groups
+        self._narrow = [layer.weight.dtype is torch.bfloat16 for layer in layers]
         self._inputs, self._pooled = [], []
         for layer, convolution in zip(layers, convolutions):
             self._inputs.append(input)
@@ -45,7 +46,7 @@ class NativeChain:
         self._forward = self._chain([None] * len(layers), [None] * len(layers))
         self._backward: dict[tuple[bool, ...], native.Chain | None] = {}
         self._statistics = self._forward.statistics_floats
-        self._float32 = all(map(_reads_directly, (layer.tensors for layer in layers)))
+        self._reads_all = all(_reads_directly(layer.tensors, narrow) for layer, narrow in zip(layers, self._narrow))
 
     def forward(
         self,
@@ -59,7 +60,7 @@ class NativeChain:
 
         Those are :func:`ganvas.ops.layers.moments_of`; in evaluation of no use to anyone.
         """
-        parameters, running = self._as_float32(parameters), in_dtypes(moving, repeat(torch.float32))
+        parameters, running = self._readable(parameters), in_dtypes(moving, repeat(torch.float32))
         output, kept, statistics = empty_pixels(self._output, self._dtype), [], empty(self._statistics)
         if keep:
             for layer, convolution, pooled in zip(self._layers, self._convolutions, self._pooled):
@@ -90,10 +91,14 @@ class NativeChain:
         has_residual: bool,
         wants_input: bool,
         wanted: Sequence[bool],
+        overwrite_kept: bool,
     ) -> Gradients | None:
         """None where a convolution of torch's is the faster one.
 
         Also None where tensors came back from autograd in another memory layout than they had.
+
+        Args:
+            overwrite_kept: gradients may take the place of what ``kept`` holds, which then is lost.
         """
         key = (wants_input, *wanted)
         if key not in self._backward:
@@ -103,17 +108,18 @@ class NativeChain:
             return None
         grad_input = torch.empty_like(input) if wants_input else None
         grad_residual = torch.empty_like(grad_output) if has_residual else None
+        read = self._readable(parameters)
         gradients = [
-            torch.empty_like(tensor, dtype=torch.float32) if want and tensor is not None else None
-            for tensor, want in zip(parameters, wanted)
+            torch.empty_like(tensor) if want and tensor is not None else None for tensor, want in zip(read, wanted)
         ]
-        read = self._as_float32(parameters)
+        if overwrite_kept:
+            torch.autograd.graph.increment_version([tensor for tensor in kept if tensor is not None])
         chain.backward(
             grad_output.data_ptr(), input.data_ptr(), address(output), _addresses(read), _addresses(kept),
             statistics.data_ptr(), address(grad_input), address(grad_residual), _addresses(gradients),
-            torch.get_num_threads(),
+            overwrite_kept, torch.get_num_threads(),
         )  # fmt: skip
-        if not self._float32:
+        if not self._reads_all:
             dtypes = (torch.float32 if tensor is None else tensor.dtype for tensor in parameters)
             gradients = in_dtypes(gradients, dtypes)
         return Gradients(grad_input, grad_residual, gradients)
@@ -135,11 +141,12 @@ class NativeChain:
             [
                 (
                     convolution.native, _native(into), _native(of_weight),
-                    convolution.strides(layer.weight), _NORMS[layer.batch_statistics], layer.eps, layer.negative_slope,
-                    layer.activation_first, layer.max_pool,
+                    convolution.strides(layer.weight), layer.weight.numel() if narrow else 0,
+                    _NORMS[layer.batch_statistics], layer.eps, layer.negative_slope, layer.activation_first,
+                    layer.max_pool,
                 )
-                for layer, convolution, into, of_weight in zip(
-                    self._layers, self._convolutions, backward_input, backward_weight
+                for layer, narrow, convolution, into, of_weight in zip(
+                    self._layers, self._narrow, self._convolutions, backward_input, backward_weight
                 )
             ],
             self._groups,
@@ -158,17 +165,23 @@ class NativeChain:
                 if wants and kernel is None:
                     return None
                 kernels.append(kernel)
-        dense = all(torch.empty_like(layer.weight).stride() == layer.weight.stride() for layer in self._layers)
+        dense = all(_is_dense(layer.weight) for layer in self._layers)
         return self._chain(into, of_weight) if dense else None
 
     def _chosen(self, i: int, direction: Direction) -> NativeConvolution | None:
         layer = self._layers[i]
         return chosen_convolution(layer.geometry, layer.weight, self._inputs[i], self._dtype, direction, layer.backend)
 
-    def _as_float32(self, parameters: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-        if self._float32:
+    def _readable(self, parameters: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """As float32, but for weights of bfloat16, of which the native code has one at a time as float32."""
+        if self._reads_all:
             return parameters
-        copies = in_dtypes(parameters, repeat(torch.float32))
+        dtypes = (
+            torch.bfloat16 if narrow and i == 0 else torch.float32
+            for narrow in self._narrow
+            for i in range(_PARAMETERS)
+        )
+        copies = in_dtypes(parameters, dtypes)
         return [tensor for own in by_layer(copies) for tensor in (own.weight, *map(float32, own[1:]))]
 
     def _lie_as_they_did(
@@ -179,10 +192,10 @@ class NativeChain:
             if pixels is not None and pixels.stride() != pixel_strides(pixels.shape):
                 return False
         for own, layer in zip(by_layer(parameters), self._layers):
-            if own.weight.stride() != layer.weight.stride():
+            if own.weight.stride() != layer.weight.stride() or own.weight.dtype is not layer.weight.dtype:
                 return False
             for values in own[1:]:
-                if self._float32 and values is not None and not values.is_contiguous():
+                if self._reads_all and values is not None and not values.is_contiguous():
                     return False
         return True
 
@@ -190,11 +203,14 @@ class NativeChain:
 def native_chain(layers: Sequence[Layer], input: torch.Size, dtype: torch.dtype, groups: int) -> NativeChain | None:
     """For inputs of this shape; None where the layers have to be run one by one.
 
-    That is where torch's convolution is the faster one forward, or statistics lie where no kernel writes.
+    That is where torch's convolution is the faster one forward, statistics lie where no kernel writes, or a weight that
+    is not float32 has gaps, which its copy would not have.
     """
     convolutions, shape = [], input
     for layer in layers:
         if not NativeChain.reads(layer.moving):
+            return None
+        if layer.weight.dtype is not torch.float32 and not _is_dense(layer.weight):
             return None
         convolution = chosen_convolution(
             layer.geometry, layer.weight, shape, dtype, layer.forward_direction, layer.backend
@@ -206,9 +222,14 @@ def native_chain(layers: Sequence[Layer], input: torch.Size, dtype: torch.dtype,
     return NativeChain(layers, convolutions, input, dtype, groups)
 
 
-def _reads_directly(tensors: Tensors) -> bool:
+def _reads_directly(tensors: Tensors, narrow: bool) -> bool:
     weight, *values = tensors
-    return weight.dtype is torch.float32 and all(value is None or is_float32(value) for value in values)
+    return (narrow or weight.dtype is torch.float32) and all(value is None or is_float32(value) for value in values)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether its numbers lie in one piece of memory, in any order."""
+    return torch.empty_like(tensor).stride() == tensor.stride()
 
 
 def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
