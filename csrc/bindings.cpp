@@ -281,7 +281,8 @@ void convolution_backward_input_(const Convolution& convolution, std::int64_t gr
          pointer<float>(mean),
          pointer<void>(grad_input),
          pointer<float>(sum),
-         pointer<float>(sum_deviation)},
+         pointer<float>(sum_deviation),
+         nullptr},
         threads);
 }
 
@@ -376,12 +377,14 @@ void chain_forward_(const Chain& chain, Address input, Address residual, const A
 
 void chain_backward_(const Chain& chain, Address grad_output, Address input, Address output,
                      const Addresses& parameters, const Addresses& kept, Address statistics, Address grad_input,
-                     Address grad_residual, const Addresses& gradients, bool overwrites_kept, int threads) {
+                     Address grad_residual, bool residual_is_input, const Addresses& gradients, bool overwrites_kept,
+                     int threads) {
     const std::size_t alignment = element_size(chain.first().dtype), count = chain.layers().size();
     require_address("grad_output", grad_output, alignment);
     require_address("input", input, alignment);
     require_address("statistics", statistics, 4);
     require(!kept.empty(), "what forward kept is needed");
+    require(!residual_is_input || grad_residual == 0, "the gradient of a residual that is the input has no place");
     const auto tensors = layer_tensors(chain, parameters, {}, {}, kept);
     std::vector<LayerGradients> wanted;
     wanted.reserve(count);
@@ -389,10 +392,10 @@ void chain_backward_(const Chain& chain, Address grad_output, Address input, Add
         const Address* const of = of_layer("gradients", gradients, parameter_count, i, count);
         wanted.push_back({pointer<void>(of[0]), pointer<float>(of[1]), pointer<float>(of[2]), pointer<float>(of[3])});
     }
-    chain.backward(
-        {pointer<void>(grad_output), pointer<void>(input), pointer<void>(output), pointer<float>(statistics),
-         pointer<void>(grad_input), pointer<void>(grad_residual), overwrites_kept, tensors.data(), wanted.data()},
-        threads);
+    chain.backward({pointer<void>(grad_output), pointer<void>(input), pointer<void>(output), pointer<float>(statistics),
+                    pointer<void>(grad_input), pointer<void>(grad_residual), residual_is_input, overwrites_kept,
+                    tensors.data(), wanted.data()},
+                   threads);
 }
 
 void matrix_product_(std::int64_t rows, std::int64_t columns, std::int64_t depth, Address a,

@@ -295,6 +295,9 @@ void Chain::backward(const ChainBackward& call, int threads) const {
     float *const unwanted_weight = sum_deviation + groups_ * channels, *const unwanted_bias =
                                                                            unwanted_weight + channels;
 
+    const GradientMemory::Block own_residual =
+        call.residual_is_input ? memory.take(stored_bytes(layers_.back())) : GradientMemory::Block{};
+    void* const grad_residual = call.residual_is_input ? own_residual.begin : call.grad_residual;
     const Floats wide(largest_narrow_weight(layers_));  // a weight, or its gradient, in float32
     // Of what the layer puts out, for one that does not pool with the sums; then of the convolution's raw output.
     GradientMemory::Block gradient{};
@@ -324,12 +327,11 @@ void Chain::backward(const ChainBackward& call, int threads) const {
             raw = gradient.begin;
         } else if (last) {
             gradient = memory.take(stored_bytes(layer));
-            const void* side = call.grad_residual && !call.output ? call.grad_output : call.output;
-            batch_norm_leaky_relu_backward(
-                {stage.norm_shape(), call.grad_output, tensors.stored, tensors.bn_weight, tensors.bn_bias, stage.mean,
-                 stage.var, training, gradient.begin, of_bn_weight, of_bn_bias, call.grad_residual ? side : nullptr,
-                 call.grad_residual},
-                threads);
+            const void* side = grad_residual && !call.output ? call.grad_output : call.output;
+            batch_norm_leaky_relu_backward({stage.norm_shape(), call.grad_output, tensors.stored, tensors.bn_weight,
+                                            tensors.bn_bias, stage.mean, stage.var, training, gradient.begin,
+                                            of_bn_weight, of_bn_bias, grad_residual ? side : nullptr, grad_residual},
+                                           threads);
             raw = gradient.begin;
         } else {
             if (layer.norm == Norm::none) {
@@ -377,8 +379,8 @@ void Chain::backward(const ChainBackward& call, int threads) const {
                    : memory.take(pending ? stored_bytes(previous->layer) : pooled_bytes(previous->layer));
         layer.backward_input->backward_input(
             {layer.backward_input->grouped(groups), raw, stage.weight(wide.first(), threads), before,
-             pending ? previous->mean : nullptr, next.begin, pending ? sum : nullptr,
-             pending ? sum_deviation : nullptr},
+             pending ? previous->mean : nullptr, next.begin, pending ? sum : nullptr, pending ? sum_deviation : nullptr,
+             i == 0 && call.residual_is_input ? grad_residual : nullptr},
             threads);
         memory.give(gradient);
         if (call.overwrites_kept && previous && !pending)

@@ -65,7 +65,8 @@ struct ChainBackward {
     const void* output;       // what forward wrote, where a residual was added
     const float* statistics;  // what forward left
     void* grad_input;         // null: not wanted
-    void* grad_residual;      // null: there was none
+    void* grad_residual;      // null: there was none, or it was the input
+    bool residual_is_input;   // its gradient is part of the input's
     bool overwrites_kept;     // what forward kept is needed no more: gradients may take its place
     const LayerTensors* layers;
     const LayerGradients* gradients;

@@ -82,6 +82,7 @@ struct ConvolutionBackwardInput {
     void* grad_input;      // [N, H, W, Ci]
     float* sum;            // [G, Ci] or null: Σg
     float* sum_deviation;  // [G, Ci] or null: Σg·(x − mean)
+    const void* added;     // with no scale: what is added to the gradient, like it, or null
 };
 
 struct ConvolutionBackwardWeight {

@@ -58,7 +58,16 @@ struct Pixel {
 };
 
 // What happens to an output value before it is stored, and which sums are kept of it.
-enum class Output { plain, statistics, activation_statistics, activated, activated_first, affine_kink, kink_affine };
+enum class Output {
+    plain,
+    added,
+    statistics,
+    activation_statistics,
+    activated,
+    activated_first,
+    affine_kink,
+    kink_affine
+};
 
 // Where results go: [images, height, width, channels]. Of each phase, pixels step*m + phase, the tiles are those of a
 // map of its own.
@@ -68,7 +77,8 @@ struct Destination {
     Index group_images;
     Index step;
     const float* bias;          // [channels] or null
-    PendingActivation pending;  // forward: what is written; backward: of the tensor whose gradient this is
+    PendingActivation pending;  // forward: what is written; backward: of the tensor whose gradient this is; or with no
+                                // scale what is added
     const float* mean;          // backward: [G, channels] or null
     float negative_slope;       // forward: of the activation that the statistics come after
     bool streams;               // past the cache, where whole vectors are written
@@ -105,6 +115,16 @@ inline Output output_of(const OutputStatistics& statistics, const PendingActivat
     return Output::plain;
 }
 
+// What a backward pass writes, and what that is read beside.
+inline Output output_of(const ConvolutionBackwardInput& args) {
+    if (!args.input.scale) return args.added ? Output::added : Output::plain;
+    return args.input.activation_first ? Output::kink_affine : Output::affine_kink;
+}
+
+inline PendingActivation beside_of(const ConvolutionBackwardInput& args) {
+    return args.input.scale ? args.input : written(args.added);
+}
+
 template <Output kind>
 inline Leaky leaky_of(const Destination& to) {
     return Leaky(activates<kind> || goes_backward<kind> ? to.pending.negative_slope : to.negative_slope);
@@ -113,7 +133,7 @@ inline Leaky leaky_of(const Destination& to) {
 // Whether pixels are read beside those that are written.
 template <Output kind>
 inline bool reads_pixels(const Destination& to) {
-    return goes_backward<kind> || (activates<kind> && to.pending.stored);
+    return goes_backward<kind> || kind == Output::added || (activates<kind> && to.pending.stored);
 }
 
 template <Output kind>
@@ -138,6 +158,7 @@ inline __attribute__((always_inline)) void emit(Vector value, const Destination&
         const T* beside = static_cast<const T*>(to.pending.stored) + position;
         return whole ? load_vector(beside) : load_lanes(beside, of.count);
     };
+    if (kind == Output::added) value += stored();
     if (activates<kind>) {
         const Vector shift = to.pending.stored ? of.shift + stored() : of.shift;
         value = pending_activation<kind == Output::activated_first>(value, of.scale, shift, leaky);

@@ -312,6 +312,8 @@ using WriteRows = void (*)(const Destination&, Index group, Index first, Index c
 template <class T>
 WriteRows write_of(Output kind) {
     switch (kind) {
+        case Output::added:
+            return write_rows<T, Output::added>;
         case Output::statistics:
             return write_rows<T, Output::statistics>;
         case Output::activation_statistics:
@@ -858,13 +860,10 @@ void direct_backward_input(const ConvolutionBackwardInput& args, int threads) {
     const ConvolutionShape& s = args.shape;
     const Index images = s.batch / s.groups;
     const Source from{written(args.grad_output), s.out_height, s.out_width, s.out_channels, images};
-    Destination to{args.grad_input, s.height,   s.width,   s.in_channels, images, 1,
-                   nullptr,         args.input, args.mean, 1.0f,          false};
+    Destination to{args.grad_input, s.height,        s.width,   s.in_channels, images, 1,
+                   nullptr,         beside_of(args), args.mean, 1.0f,          false};
     to.streams = streams(to, s.dtype, s.batch);
-    const Output kind = !args.input.scale             ? Output::plain
-                        : args.input.activation_first ? Output::kink_affine
-                                                      : Output::affine_kink;
-    run(s, from, to, args.weight, cheaper_relation(s, false), false, kind, threads,
+    run(s, from, to, args.weight, cheaper_relation(s, false), false, output_of(args), threads,
         [&](const auto& sums, Index group, Index begin, Index end) {
             if (args.input.scale && args.sum) finish_sums(args, sums, group, begin, end);
         });

@@ -129,6 +129,8 @@ using WriteBlock = void (*)(const Destination&, Pixel phase, const Order&, Index
 template <class T, int taps>
 WriteBlock write_of(Output kind) {
     switch (kind) {
+        case Output::added:
+            return write_block<T, taps, Output::added>;
         case Output::statistics:
             return write_block<T, taps, Output::statistics>;
         case Output::activation_statistics:

@@ -312,15 +312,14 @@ void backward_input(const ConvolutionBackwardInput& args, const Walk& walk, int 
     const ConvolutionShape& s = args.shape;
     const Index images = s.batch / s.groups;
     Pass pass{{written(args.grad_output), s.out_height, s.out_width, s.out_channels, images},
-              {args.grad_input, s.height, s.width, s.in_channels, images, walk.step(), nullptr, args.input, args.mean,
-               1.0f, false},
+              {args.grad_input, s.height, s.width, s.in_channels, images, walk.step(), nullptr, beside_of(args),
+               args.mean, 1.0f, false},
               walk,
               s.groups,
               s.dtype,
               s.integers,
-              Output::plain};
+              output_of(args)};
     pass.destination.streams = streams(pass.destination, s.dtype, s.batch);
-    if (args.input.scale) pass.kind = args.input.activation_first ? Output::kink_affine : Output::affine_kink;
     run<taps, step>(pass, s.batch, threads, [&](const Parts& parts, Index group, Index begin, Index end) {
         if (args.input.scale && args.sum) finish_sums(args, parts, group, begin, end);
     });

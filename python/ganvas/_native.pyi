@@ -297,6 +297,7 @@ class Chain:
         statistics: int,
         grad_input: int,
         grad_residual: int,
+        residual_is_input: bool,
         gradients: list[int],
         overwrites_kept: bool,
         threads: int,

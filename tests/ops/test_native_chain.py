@@ -144,6 +144,49 @@ def test_with_a_residual(monkeypatch, calls, slope, norm):
     assert calls == ["forward", "backward"]
 
 
+def gradients_with_itself_added(x: Tensor, layers: Sequence[Layer], same: bool) -> list[Tensor]:
+    """Of the chain's input, where it is also the residual or a copy is, and of the first weight."""
+    x, layers = x.clone(memory_format=torch.preserve_format).requires_grad_(), with_grad(layers)
+    residual = x if same else x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    output = conv_bn_leaky_relu_chain(x, layers, 2, residual)
+    output.backward(torch.randn(output.shape, generator=torch.Generator().manual_seed(3)).to(output))
+    return [x.grad if same else x.grad + residual.grad, layers[0].weight.grad]
+
+
+@pytest.mark.parametrize("slope", [0.2, 1.0])
+@pytest.mark.parametrize(
+    "kinds", [("3x3", "3x3"), ("1x1", "3x3"), ("4x4 stride 2", "4x4 stride 2 transposed"), ("3x3",)]
+)
+def test_a_residual_that_is_the_input(calls, kinds, slope):
+    """Its gradient is added where the input's is written."""
+    generator = torch.Generator().manual_seed(0)
+    layers = [layer(16, 16, kind, slope=slope, generator=generator) for kind in kinds]
+    x = image(4, 16, 10, 10).contiguous(memory_format=torch.channels_last)
+    expected, got = (gradients_with_itself_added(x, layers, same) for same in (False, True))
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    assert calls == ["forward", "backward"] * 2
+
+
+def test_a_residual_that_is_the_input_in_bfloat16(calls):
+    layers = [replace(one, weight=one.weight.bfloat16()) for one in (layer(16, 24), layer(24, 16), layer(16, 16))]
+    x = image(4, 16, 10, 10, dtype=torch.bfloat16)
+    expected, got = (gradients_with_itself_added(x, layers, same) for same in (False, True))
+    torch.testing.assert_close(got[0].float(), expected[0].float(), rtol=2**-6, atol=2**-6)
+    assert torch.equal(got[1], expected[1])
+    assert calls == ["forward", "backward"] * 2
+
+
+def test_a_residual_that_is_the_input_where_neither_wants_a_gradient(calls):
+    x, layers = image(), [layer(16, 24), layer(24, 16)]
+    weights = []
+    for residual in (x, x.clone()):
+        own = with_grad(layers)
+        conv_bn_leaky_relu_chain(x, own, 1, residual).square().sum().backward()
+        weights.append([one.weight.grad for one in own])
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+    assert calls == ["forward", "backward"] * 2
+
+
 @pytest.mark.parametrize("name", ["batch statistics", "activation first", "pooling in the middle", "strides"])
 def test_in_bfloat16(monkeypatch, calls, name):
     layers = [
@@ -426,8 +469,19 @@ def test_a_gradient_that_is_not_made_is_refused():
         with pytest.raises(ValueError, match="is asked for, but not made here"):
             chain.backward(
                 x.data_ptr(), x.data_ptr(), 0, [weight.data_ptr(), 0, 0, 0], [x.data_ptr(), 0, 0],
-                statistics.data_ptr(), grad_input, 0, gradients, False, 1,
+                statistics.data_ptr(), grad_input, 0, False, gradients, False, 1,
             )  # fmt: skip
+
+
+def test_a_residual_that_is_the_input_has_no_gradient_of_its_own():
+    x, weight = image(2, 16, 8, 8), torch.zeros(16, 16, 3, 3)
+    chain = native.Chain([_layer(_convolution(), native.Norm.none)], 1)
+    statistics = torch.zeros(chain.statistics_floats)
+    with pytest.raises(ValueError, match="the gradient of a residual that is the input has no place"):
+        chain.backward(
+            x.data_ptr(), x.data_ptr(), 0, [weight.data_ptr(), 0, 0, 0], [x.data_ptr(), 0, 0], statistics.data_ptr(),
+            x.data_ptr(), x.data_ptr(), True, [0, 0, 0, 0], False, 1,
+        )  # fmt: skip
 
 
 @with_lesser_instruction_sets

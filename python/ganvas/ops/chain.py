@@ -220,6 +220,7 @@ class _ChainFunction(torch.autograd.Function):
         result = output if residual is not None and layers[-1].negative_slope != 1.0 else None
         ctx.save_for_backward(input, residual, result, *tensors, *kept)
         ctx.layers, ctx.groups, ctx.native = layers, groups, native
+        ctx.residual_is_input = residual is not None and residual is input
         ctx.only_graph_keeps = not _saved_tensors_are_hooked()
         return output
 
@@ -236,7 +237,7 @@ class _ChainFunction(torch.autograd.Function):
             kept, statistics = kept[: native.kept_count], kept[native.kept_count]
             grads = native.backward(
                 checks.channels_last(grad_output), checks.channels_last(input), result, tensors, kept, statistics,
-                residual is not None, wants_input, wanted,
+                residual is not None, ctx.residual_is_input, wants_input, wanted,
                 overwrite_kept=ctx.only_graph_keeps and not _graph_is_retained(),
             )  # fmt: skip
         if grads is None:

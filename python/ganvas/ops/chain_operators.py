@@ -96,7 +96,7 @@ def _backward(
     if chain is not None:
         found = chain.backward(
             checks.channels_last(grad_output), checks.channels_last(input), output, tensors, kept, moments, residual,
-            wants_input, of_tensors, overwrite_kept=False,
+            False, wants_input, of_tensors, overwrite_kept=False,
         )  # fmt: skip
     if found is None:
         stages = restored_all(layers, tensors, kept, moments, groups)

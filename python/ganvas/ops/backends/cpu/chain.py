@@ -89,6 +89,7 @@ class NativeChain:
         kept: Kept,
         statistics: Tensor,
         has_residual: bool,
+        residual_is_input: bool,
         wants_input: bool,
         wanted: Sequence[bool],
         overwrite_kept: bool,
@@ -98,6 +99,7 @@ class NativeChain:
         Also None where tensors came back from autograd in another memory layout than they had.
 
         Args:
+            residual_is_input: the result has one gradient for both.
             overwrite_kept: gradients may take the place of what ``kept`` holds, which then is lost.
         """
         key = (wants_input, *wanted)
@@ -107,7 +109,7 @@ class NativeChain:
         if chain is None or not self._lie_as_they_did(input, output, parameters, kept):
             return None
         grad_input = torch.empty_like(input) if wants_input else None
-        grad_residual = torch.empty_like(grad_output) if has_residual else None
+        grad_residual = torch.empty_like(grad_output) if has_residual and not residual_is_input else None
         read = self._readable(parameters)
         gradients = [
             torch.empty_like(tensor) if want and tensor is not None else None for tensor, want in zip(read, wanted)
@@ -116,8 +118,8 @@ class NativeChain:
             torch.autograd.graph.increment_version([tensor for tensor in kept if tensor is not None])
         chain.backward(
             grad_output.data_ptr(), input.data_ptr(), address(output), _addresses(read), _addresses(kept),
-            statistics.data_ptr(), address(grad_input), address(grad_residual), _addresses(gradients),
-            overwrite_kept, torch.get_num_threads(),
+            statistics.data_ptr(), address(grad_input), address(grad_residual), residual_is_input,
+            _addresses(gradients), overwrite_kept, torch.get_num_threads(),
         )  # fmt: skip
         if not self._reads_all:
             dtypes = (torch.float32 if tensor is None else tensor.dtype for tensor in parameters)
