@@ -109,6 +109,14 @@ def test_chart_stays_inside_its_frame(points):
     assert 1 <= len(drawn) <= 400
 
 
+def test_names_in_a_legend_are_parts_of_one_text():
+    """Which a browser sets one after the other: nobody here knows how wide its font is."""
+    svg = ElementTree.fromstring(svg_chart({"a/one": [(1, 0.5)], "<two>": [(1, 0.25)]}, ""))
+    legend = [parts for text in svg.findall("text") if (parts := text.findall("tspan"))]
+    assert [[part.text for part in parts] for parts in legend] == [["a/one", "<two>"]]
+    assert float(legend[0][1].attrib["dx"]) > 0
+
+
 def test_small_images_are_enlarged_without_smoothing(tmp_path):
     images = torch.tensor([-1.0, 1.0, 1.0, -1.0]).view(1, 1, 2, 2)
     save_grid(tmp_path / "grid.png", images, columns=1)

@@ -50,13 +50,14 @@ def svg_chart(series: Mapping[str, Series], title: str, *, is_share: bool = Fals
             parts.append(
                 f'<text x="{x(tick):.1f}" y="{_HEIGHT - _BOTTOM + 16}" text-anchor="middle">{_label(tick)}</text>'
             )
-    legend_x = float(_LEFT)
+    legend = []
     for index, (name, points) in enumerate(series.items()):
         colour = _COLOURS[index % len(_COLOURS)]
         path = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in _thinned(points))
         parts.append(f'<polyline fill="none" stroke="{colour}" stroke-width="1.6" points="{path}"/>')
-        parts.append(f'<text x="{legend_x:.0f}" y="{_HEIGHT - 8}" style="fill:{colour}">{html.escape(name)}</text>')
-        legend_x += 7.2 * len(name) + 18
+        # One text, whose parts stand where the one before ends, however wide the page's font is.
+        legend.append(f'<tspan dx="{18 if index else 0}" style="fill:{colour}">{html.escape(name)}</tspan>')
+    parts.append(f'<text x="{_LEFT}" y="{_HEIGHT - 8}">{"".join(legend)}</text>')
     return "".join(parts) + "</svg>"
 
 

@@ -67,7 +67,7 @@ def render(folder: RunFolder) -> str:
             _status(lines),
             _section("Latest numbers", _latest(lines)),
             _section("Samples", _grids(folder)),
-            _section("Curves", _curves(lines)),
+            _section("Curves over the steps", _curves(lines)),
             _section("Confusion matrix of the test set (rows: true class)", _confusion(lines, description)),
             _section("Events", _events(lines)),
             _section("Settings", _settings(description)),
