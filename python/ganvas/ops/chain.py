@@ -58,7 +58,8 @@ def conv_bn_leaky_relu_chain(
             activation after it, and no pooling.
 
     Returns:
-        The last layer's activation, channels_last. Gradients of every order.
+        The last layer's activation, channels_last. Gradients of every order. A backward pass that does not retain the
+        graph writes over what forward saved in it; where hooks for saved tensors were there, it does not.
     """
     chain = Chain(layers)
     return chain.run(chain.prepare(input, statistics_groups, residual), input, statistics_groups, residual)
