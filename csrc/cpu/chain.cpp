@@ -104,41 +104,16 @@ void set_fixed_statistics(const Stage<float>& stage) {
                              stage.mean, stage.var, stage.scale, stage.shift});
 }
 
-// Memory for values that do not outlast a call: as many buffers as are in use at a time.
-class Buffers {
-  public:
-    Buffers(int count, std::int64_t bytes)
-        : count_(count),
-          bytes_(Workspace::padded(static_cast<std::size_t>(bytes))),
-          workspace_(static_cast<std::size_t>(count) * bytes_) {
-        first_ = static_cast<char*>(workspace_.take(static_cast<std::size_t>(count) * bytes_));
-    }
-    // One that is none of those in use.
-    void* other_than(const void* a, const void* b = nullptr) const {
-        for (int i = 0; i < count_; ++i) {
-            char* const buffer = first_ + static_cast<std::size_t>(i) * bytes_;
-            if (buffer != a && buffer != b) return buffer;
-        }
-        throw std::logic_error("more buffers in use than there are");
-    }
-
-  private:
-    int count_;
-    std::size_t bytes_;
-    Workspace workspace_;
-    char* first_;
-};
-
-// Memory for gradients of pixels, one layer's and the next one's at a time.
-class GradientMemory {
+// Memory for pixels that do not outlast a call: as many blocks as are in use at a time.
+class PixelMemory {
   public:
     struct Block {
         void* begin;
-        std::int64_t bytes;
+        std::int64_t bytes;  // 0: the caller's, into which nothing else goes
     };
 
     // Each block of its own is of `largest` bytes.
-    explicit GradientMemory(std::int64_t largest) : largest_(largest) {}
+    explicit PixelMemory(std::int64_t largest) : largest_(largest) {}
     // The block that was given last, which the cache may still hold, of those that are large enough.
     Block take(std::int64_t bytes) {
         for (auto block = free_.rbegin(); block != free_.rend(); ++block)
@@ -186,16 +161,14 @@ bool can_activate(const ChainLayer& layer) {
     return layer.norm != Norm::batch && !layer.max_pool && !layer.is_bare();
 }
 
-// What layers leave for the next one: of one that pools, raw values beside what was pooled before and after.
-Buffers forward_buffers(const std::vector<ChainLayer>& layers) {
+// For what layers leave for the next one.
+PixelMemory forward_memory(const std::vector<ChainLayer>& layers) {
     std::int64_t largest = 0;
-    int count = 0;
     for (const ChainLayer& layer : layers) {
         if (&layer == &layers.back() && (layer.is_bare() || can_activate(layer))) break;  // it is the output
         largest = std::max(largest, stored_bytes(layer));
-        count = std::max(count, layers.size() == 1 ? 1 : layer.max_pool ? 3 : 2);
     }
-    return Buffers(count, largest);
+    return PixelMemory(largest);
 }
 
 }  // namespace
@@ -219,7 +192,11 @@ std::int64_t Chain::statistics_floats() const {
 
 void Chain::forward(const ChainForward& call, int threads) const {
     const bool kept = call.layers[0].stored != nullptr;
-    const Buffers buffers = kept ? Buffers(0, 0) : forward_buffers(layers_);
+    PixelMemory memory = forward_memory(layers_);
+    const auto place = [&](void* given, std::int64_t bytes) {
+        return given ? PixelMemory::Block{given, 0} : memory.take(bytes);
+    };
+    PixelMemory::Block read{};
     const Floats weight_copy(largest_narrow_weight(layers_));
     std::vector<std::uint8_t> winners;  // that nobody will ask for
 
@@ -231,9 +208,9 @@ void Chain::forward(const ChainForward& call, int threads) const {
         const void* const residual = last ? call.residual : nullptr;
         const bool is_output = last && layer.is_bare();
         const bool activates = !kept && can_activate(layer);
-        void* const output = last && (is_output || activates) ? call.output
-                             : kept                           ? tensors.stored
-                                                              : buffers.other_than(before.stored);
+        PixelMemory::Block written =
+            place(last && (is_output || activates) ? call.output : tensors.stored, stored_bytes(layer));
+        void* const output = written.begin;
         ConvolutionForward args{};
         // Groups are told apart where the input or the output has statistics of each.
         args.shape = layer.forward->grouped(before.scale || layer.norm == Norm::batch ? groups_ : 1);
@@ -260,18 +237,23 @@ void Chain::forward(const ChainForward& call, int threads) const {
             if (activates) args.activation = stage.pending(residual);
         }
         layer.forward->forward(args, threads);
+        memory.give(read);
         before = activates ? PendingActivation{output, nullptr, nullptr, 1.0f, false} : stage.pending(output);
         if (layer.max_pool) {
-            void* const pooled = last ? call.output : kept ? tensors.pooled : buffers.other_than(output);
+            const PixelMemory::Block pooled = place(last ? call.output : tensors.pooled, pooled_bytes(layer));
             if (!tensors.winners) winners.resize(static_cast<std::size_t>(pooled_pixels(layer)));
-            max_pool_forward({stage.pool_shape(), before, pooled, tensors.winners ? tensors.winners : winners.data()},
-                             threads);
-            before = {pooled, nullptr, nullptr, 1.0f, false};
+            max_pool_forward(
+                {stage.pool_shape(), before, pooled.begin, tensors.winners ? tensors.winners : winners.data()},
+                threads);
+            before = {pooled.begin, nullptr, nullptr, 1.0f, false};
+            memory.give(written);
+            written = pooled;
         } else if (last && !is_output && !activates) {
             batch_norm_leaky_relu_forward({stage.norm_shape(), output, tensors.bn_weight, tensors.bn_bias, false,
                                            stage.mean, stage.var, nullptr, nullptr, 0.0f, residual, call.output},
                                           threads);
         }
+        read = written;
     });
 }
 
@@ -289,18 +271,18 @@ void Chain::backward(const ChainBackward& call, int threads) const {
         largest = std::max(largest, stored_bytes(layer));
         channels = std::max(channels, layer.shape().out_channels);
     }
-    GradientMemory memory(largest);
+    PixelMemory memory(largest);
     const Floats floats((2 * groups_ + 2) * channels);
     float *const sum = floats.first(), *const sum_deviation = sum + groups_ * channels;
     float *const unwanted_weight = sum_deviation + groups_ * channels, *const unwanted_bias =
                                                                            unwanted_weight + channels;
 
-    const GradientMemory::Block own_residual =
-        call.residual_is_input ? memory.take(stored_bytes(layers_.back())) : GradientMemory::Block{};
+    const PixelMemory::Block own_residual =
+        call.residual_is_input ? memory.take(stored_bytes(layers_.back())) : PixelMemory::Block{};
     void* const grad_residual = call.residual_is_input ? own_residual.begin : call.grad_residual;
     const Floats wide(largest_narrow_weight(layers_));  // a weight, or its gradient, in float32
     // Of what the layer puts out, for one that does not pool with the sums; then of the convolution's raw output.
-    GradientMemory::Block gradient{};
+    PixelMemory::Block gradient{};
     for (std::size_t i = count; i-- > first;) {
         const Stage<const float>& stage = stages[i];
         const ChainLayer& layer = stage.layer;
@@ -312,19 +294,18 @@ void Chain::backward(const ChainBackward& call, int threads) const {
         float* const of_bn_bias = wanted.bn_bias ? wanted.bn_bias : unwanted_bias;
 
         // The gradient of the convolution's raw output, and those of γ and β.
-        const void* raw;
-        bool bias_is_known = layer.norm == Norm::none && !(last && layer.is_bare());  // it is β's
-        if (last && layer.is_bare()) {
-            raw = call.grad_output;
+        const bool given = last && layer.is_bare();
+        const bool bias_is_known = layer.norm == Norm::none && !given;  // it is β's
+        if (given) {
+            // Nothing lies between the two.
         } else if (layer.max_pool) {
-            const GradientMemory::Block result = memory.take(stored_bytes(layer));
+            const PixelMemory::Block result = memory.take(stored_bytes(layer));
             max_pool_backward({stage.pool_shape(), stage.pending(tensors.stored),
                                last ? call.grad_output : gradient.begin, tensors.winners, training, stage.eps(),
                                tensors.bn_weight, stage.mean, stage.var, result.begin, of_bn_weight, of_bn_bias},
                               threads);
             memory.give(gradient);
             gradient = result;
-            raw = gradient.begin;
         } else if (last) {
             gradient = memory.take(stored_bytes(layer));
             const void* side = grad_residual && !call.output ? call.grad_output : call.output;
@@ -332,7 +313,6 @@ void Chain::backward(const ChainBackward& call, int threads) const {
                                             tensors.bn_bias, stage.mean, stage.var, training, gradient.begin,
                                             of_bn_weight, of_bn_bias, grad_residual ? side : nullptr, grad_residual},
                                            threads);
-            raw = gradient.begin;
         } else {
             if (layer.norm == Norm::none) {
                 std::fill_n(of_bn_bias, shape.out_channels, 0.0f);
@@ -345,8 +325,8 @@ void Chain::backward(const ChainBackward& call, int threads) const {
                      stage.var, sum, sum_deviation, of_bn_weight, of_bn_bias},
                     threads);
             }
-            raw = gradient.begin;
         }
+        const void* const raw = given ? call.grad_output : gradient.begin;
         if (call.overwrites_kept) memory.give({tensors.stored, stored_bytes(layer)});
         if (wanted.bias) {
             if (training && !layer.activation_first)  // subtracting the mean cancels a bias
@@ -374,8 +354,8 @@ void Chain::backward(const ChainBackward& call, int threads) const {
         }
         if (i == first && !call.grad_input) break;
         require(layer.backward_input != nullptr, "an input's gradient is asked for, but not made here");
-        const GradientMemory::Block next =
-            i == 0 ? GradientMemory::Block{call.grad_input, 0}
+        const PixelMemory::Block next =
+            i == 0 ? PixelMemory::Block{call.grad_input, 0}
                    : memory.take(pending ? stored_bytes(previous->layer) : pooled_bytes(previous->layer));
         layer.backward_input->backward_input(
             {layer.backward_input->grouped(groups), raw, stage.weight(wide.first(), threads), before,
