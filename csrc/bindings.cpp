@@ -771,6 +771,9 @@ py::dict build_info() {
 #undef NAME
     py::list names;
     for (const auto& name : isas) names.append(name);
+#if defined(__x86_64__)
+    names.append(isa_name(Isa::amx));
+#endif
     info["cpu_isas"] = names;
     info["cuda"] = GANVAS_CUDA_ARCHITECTURES;
     return info;
@@ -864,4 +867,6 @@ PYBIND11_MODULE(_native, module, py::mod_gil_not_used()) {
         "environment_variable", [](const char* name) { return std::getenv(name); },
         "its value, None where it is not set");
     module.def("selected_isa", [] { return isa_name(selected_isa()); }, "the instruction set the CPU kernels use here");
+    module.def("has_bfloat16_tiles", &has_bfloat16_tiles,
+               "whether coarse products of convolutions are of tiles of bfloat16 numbers (AMX)");
 }

@@ -22,7 +22,7 @@ struct ConvolutionShape {
     std::int64_t in_channels, out_channels;  // Ci, Co
     std::int64_t padding;                    // zeros around the activation
     std::int64_t groups;                     // G
-    // Of the direct kernels, which take any:
+    // What the convolution is by its definition, of the kernels that take any:
     KernelAxis rows, columns;
     bool transposed;
 };

@@ -6,6 +6,7 @@
 #include "convolution.h"
 #include "parallel.h"
 #include "vector.h"
+#include "workspace.h"
 
 namespace ganvas::cpu::GANVAS_ISA {
 
@@ -56,6 +57,10 @@ struct Source {
 struct Pixel {
     Index row, column;
 };
+
+inline std::size_t floats(Index count) {
+    return Workspace::padded(static_cast<std::size_t>(count) * sizeof(float));
+}
 
 // What happens to an output value before it is stored, and which sums are kept of it.
 enum class Output {
@@ -183,6 +188,34 @@ inline __attribute__((always_inline)) void emit(Vector value, const Destination&
     to.streams ? stream_vector(pixel, value) : store_vector(pixel, value);
 }
 
+constexpr Index run_rows = 8;  // pixels whose sums are kept in registers
+
+// Stores a vector of channels of `count` pixels, the first at `position` and others `step` numbers apart, and adds to
+// its sums.
+template <class T, Output kind, bool whole>
+inline void write_run(const Destination& to, Index position, Index step, Index count, const float* products,
+                      Index products_row, Leaky leaky, Channels& of) {
+    const Channels own = of;
+    Vector sum{}, square{};
+    for (Index i = 0; i < count; ++i, position += step, products += products_row) {
+        if (reads_pixels<kind>(to))  // a later run's, too far apart for the processor to foresee
+            __builtin_prefetch(static_cast<const T*>(to.pending.stored) + position + 3 * run_rows * step, 0, 2);
+        emit<T, kind, whole>(load_vector(products), to, position, leaky, own, sum, square);
+    }
+    of.sum += sum;
+    of.square += square;
+}
+
+template <Output kind>
+Vector mean_of(const float* products, Index products_row, Index count, Leaky leaky, Vector bias) {
+    Vector sum{};
+    for (Index row = 0; row < count; ++row) {
+        const Vector value = load_vector(products + row * products_row) + bias;
+        sum += kind == Output::statistics ? value : leaky_relu(value, leaky);
+    }
+    return sum / static_cast<float>(count);
+}
+
 // Two numbers per channel of a strip's: mean and squared deviations, or Σg and Σg·(x − mean), of so many pixels.
 template <Output kind>
 void keep_sums(const Channels* strip, Index vectors, Index begin, Index pixels, Index channels, double* sums) {
@@ -198,6 +231,24 @@ void keep_sums(const Channels* strip, Index vectors, Index begin, Index pixels, 
         }
     }
 }
+
+// The sums of the parts, as finish_statistics and finish_sums take them.
+template <class Cut>
+struct PartSums {
+    const Cut& cut;
+    Index channel_count;
+    double* values;  // [part, 2, channels]
+
+    static std::size_t bytes(const Cut& cut, Index channels) {
+        return static_cast<std::size_t>(cut.count * 2 * channels) * sizeof(double);
+    }
+    Index channels() const { return channel_count; }
+    Index groups() const { return cut.count / cut.per_group; }
+    Index per_group() const { return cut.per_group; }
+    double* of(Index part) const { return values + part * 2 * channel_count; }
+    double* of_group(Index group) const { return of(group * cut.per_group); }
+    double pixels(Index part) const { return static_cast<double>(cut.last(part) - cut.first(part)); }
+};
 
 // A thread's share of the channels of every group, once it has stored its last pixel: sums of the group's first part
 // become those of all its parts.

@@ -15,7 +15,7 @@ constexpr float odd_rows[4][3] = {{0, 0, 0}, {1, 0, 0}, {0, 1, 0}, {0, 0, 1}};  
 constexpr float pooled_rows[4][3] = {{0.5, 0, 0}, {0.5, 0.5, 0}, {0, 0.5, 0.5}, {0, 0, 0.5}};
 constexpr float upsampled_rows[4][3] = {{0, 0, 1}, {0, 1, 1}, {1, 1, 0}, {1, 0, 0}};
 
-enum class Family { direct, winograd, winograd_stride2, winograd_stride2_transposed };
+enum class Family { direct, winograd, winograd_stride2, winograd_stride2_transposed, amx };
 
 struct Form {
     Family family;
@@ -97,8 +97,15 @@ int team(const ConvolutionShape& s, int threads) {
     return team_size((input_bytes(s) + output_bytes(s) + weight_bytes) * 8, threads);
 }
 
+#if defined(__x86_64__)
+#define DISPATCH_AMX(CALL) return avx512::amx_##CALL;
+#else
+#define DISPATCH_AMX(CALL) [[fallthrough]];
+#endif
 #define DISPATCH_FAMILY(pass)                                   \
     switch (family) {                                           \
+        case Family::amx:                                       \
+            DISPATCH_AMX(pass)                                  \
         case Family::direct:                                    \
             GANVAS_DISPATCH(direct_##pass)                      \
         case Family::winograd:                                  \
@@ -117,10 +124,15 @@ void run(Family family, const ConvolutionBackwardInput& args, int threads) {
     DISPATCH_FAMILY(backward_input(args, threads))
 }
 
-void run(Family family, const ConvolutionBackwardWeight& args, int threads) {
-    DISPATCH_FAMILY(backward_weight(args, threads))
-}
+void run(Family family, const ConvolutionBackwardWeight& args,
+         int threads){DISPATCH_FAMILY(backward_weight(args, threads))}
 #undef DISPATCH_FAMILY
+#undef DISPATCH_AMX
+
+// Products of tiles are so much faster than others that any convolution is best computed by its definition.
+Family family_of(const Form& form, const ConvolutionShape& s) {
+    return s.integers && has_bfloat16_tiles() ? Family::amx : form.family;
+}
 
 void fold_weight(const FoldedWeight& args, int threads) {
     GANVAS_DISPATCH(fold_weight(args, threads))
@@ -157,11 +169,12 @@ template <class Args>
 void run_folded(ConvolutionKind kind, Args args, int threads) {
     const Form form = form_of(kind);
     args.shape.padding += form.begins_early;
-    if (!form.rows) return run(form.family, args, threads);
+    const Family family = family_of(form, args.shape);
+    if (!form.rows) return run(family, args, threads);
     const Folded folded(args.shape, form.rows, args.weight);
     fold_weight(folded.args(), folded.team(threads));
     args.weight = folded.kernel();
-    run(form.family, args, threads);
+    run(family, args, threads);
 }
 
 }  // namespace
@@ -172,6 +185,13 @@ Convolution::Convolution(ConvolutionKind kind, const ConvolutionShape& s) : kind
             s.out_channels);
     require(s.height >= 1 && s.width >= 1, "the map must have pixels; got ", s.height, "×", s.width);
     require_geometry(kind, s);
+    const Form form = form_of(kind);
+    if (form.family != Family::direct) {
+        const std::int64_t size = form.family == Family::winograd ? 3 : 4,
+                           stride = form.family == Family::winograd ? 1 : 2;
+        shape.rows = shape.columns = {size, stride, s.padding + form.begins_early, 1, 0};
+        shape.transposed = form.family == Family::winograd_stride2_transposed;
+    }
     shape.out_height = output_length(kind, s, s.height, s.rows);
     shape.out_width = output_length(kind, s, s.width, s.columns);
     require(shape.out_height >= 1 && shape.out_width >= 1, "the output would be empty; got a map of ", s.height, "×",
@@ -201,12 +221,13 @@ void Convolution::backward_weight(ConvolutionBackwardWeight args, int threads) c
     const Form form = form_of(kind);
     threads = team(shape, threads);
     args.shape.padding += form.begins_early;
-    if (!form.rows) return run(form.family, args, threads);
+    const Family family = family_of(form, args.shape);
+    if (!form.rows) return run(family, args, threads);
     const Folded folded(shape, form.rows, args.layout);
     float* const gradient = args.grad_weight;
     args.grad_weight = folded.args().kernel;
     args.layout = folded.kernel();
-    run(form.family, args, threads);
+    run(family, args, threads);
     unfold_gradient(folded.args(), gradient, folded.team(threads));
 }
 

@@ -7,7 +7,8 @@
 // kernel.
 //
 // Where they may and the processor has AVX512-VNNI, Winograd's products are of 16-bit integers (winograd_factors.h),
-// whose error is less than that of rounding to bfloat16; direct products are of bfloat16 numbers with AVX512-BF16.
+// whose error is less than that of rounding to bfloat16; direct products are of bfloat16 numbers with AVX512-BF16. A
+// processor with AMX computes all of them by their definition then, in tiles of bfloat16 (amx_kernel.cpp).
 #pragma once
 
 #include "convolution.h"
@@ -69,6 +70,11 @@ struct FoldedWeight {
     }
 GANVAS_FOR_EACH_ISA(DECLARE)
 #undef DECLARE
+#if defined(__x86_64__)
+namespace avx512 {
+DECLARE_KERNELS(amx)
+}
+#endif
 #undef DECLARE_KERNELS
 
 }  // namespace ganvas::cpu

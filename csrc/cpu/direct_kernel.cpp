@@ -25,7 +25,6 @@ constexpr Index strip = 64;       // columns of products that are stored togethe
 constexpr Index rows_least = 24;  // pixels of a block
 constexpr Index rows_most = 144;
 constexpr Index rows_bytes = 384 << 10;         // of a block's packed windows
-constexpr Index run_rows = 8;                   // pixels whose sums are kept in registers
 constexpr Index stretch_rows = 32 * run_rows;   // pixels whose sums are added up in one chain
 constexpr Index band_bytes = 96 << 10;          // of the output that windows are scattered to
 constexpr Index band_rows_least = 8;            // what reaches over a band's edge is multiplied twice
@@ -71,24 +70,6 @@ struct Bands {
     Index last(Index band) const { return (image(band) * height + bottom(band)) * width; }
 };
 
-// The sums of the parts, as finish_statistics and finish_sums take them.
-template <class Cut>
-struct PartSums {
-    const Cut& cut;
-    Index channel_count;
-    double* values;  // [part, 2, channels]
-
-    static std::size_t bytes(const Cut& cut, Index channels) {
-        return static_cast<std::size_t>(cut.count * 2 * channels) * sizeof(double);
-    }
-    Index channels() const { return channel_count; }
-    Index groups() const { return cut.count / cut.per_group; }
-    Index per_group() const { return cut.per_group; }
-    double* of(Index part) const { return values + part * 2 * channel_count; }
-    double* of_group(Index group) const { return of(group * cut.per_group); }
-    double pixels(Index part) const { return static_cast<double>(cut.last(part) - cut.first(part)); }
-};
-
 // The weight, its taps numbered as the window's.
 struct Kernel {
     const float* values;
@@ -110,26 +91,6 @@ struct Kernel {
     // Whether all numbers of a plain channel lie together, a looked-at channel's taps in their order.
     bool lies_by_channels() const { return column == 1 && row == window.x.count && looked == taps() && taps() > 1; }
 };
-
-// Rows of words of `count` rows of numbers, `pitch` apart.
-template <Elements elements>
-void store_rows(const float* numbers, Index pitch, Index count, Index width, float* words, Index row_stride) {
-    constexpr Index step = elements == Elements::floats ? 1 : 2;
-    for (Index i = 0; i < count; i += step, numbers += step * pitch, words += row_stride)
-        for (Index j = 0; j < width; j += lanes) {
-            const Vector first = load_vector(numbers + j);
-            if constexpr (elements == Elements::floats) store_vector(words + j, first);
-#if defined(__AVX512F__)
-            if constexpr (elements == Elements::bfloat16_pairs) {
-                VectorBits bits = __builtin_convertvector(nearest_bfloat16(first), VectorBits);
-                if (i + 1 < count)
-                    bits |= __builtin_convertvector(nearest_bfloat16(load_vector(numbers + pitch + j)), VectorBits)
-                            << 16;
-                std::memcpy(words + j, &bits, sizeof bits);
-            }
-#endif
-        }
-}
 
 // The right factor of gathered windows: columns [panel, panel + width) are channels of the plain map, rows the numbers
 // of one tap, as words.
@@ -251,31 +212,6 @@ void order_by_channels(const Kernel& w, float* rows, Index width, Index count, f
     }
 }
 
-template <class T, Output kind, bool whole>
-inline void write_run(const Destination& to, Index first, Index count, Index column, const float* products,
-                      Index products_row, Leaky leaky, Channels& of) {
-    const Channels own = of;
-    Vector sum{}, square{};
-    for (Index p = first; p < first + count; ++p, products += products_row) {
-        const Index position = p * to.channels + column;
-        if (reads_pixels<kind>(to))  // a later run's, too far apart for the processor to foresee
-            __builtin_prefetch(static_cast<const T*>(to.pending.stored) + position + 3 * run_rows * to.channels, 0, 2);
-        emit<T, kind, whole>(load_vector(products), to, position, leaky, own, sum, square);
-    }
-    of.sum += sum;
-    of.square += square;
-}
-
-template <Output kind>
-Vector mean_of(const float* products, Index products_row, Index count, Leaky leaky, Vector bias) {
-    Vector sum{};
-    for (Index row = 0; row < count; ++row) {
-        const Vector value = load_vector(products + row * products_row) + bias;
-        sum += kind == Output::statistics ? value : leaky_relu(value, leaky);
-    }
-    return sum / static_cast<float>(count);
-}
-
 // Stores channels [begin, end), no more than a strip, of `count` pixels of one group, and their sums.
 template <class T, Output kind>
 void write_rows(const Destination& to, Index group, Index first, Index count, Index begin, Index end,
@@ -298,7 +234,7 @@ void write_rows(const Destination& to, Index group, Index first, Index count, In
         for (Index row = stretch; row < smaller(count, stretch + stretch_rows); row += run_rows)
             for (Index i = 0; i < vectors; ++i) {
                 const auto write = channels[i].count >= lanes ? write_run<T, kind, true> : write_run<T, kind, false>;
-                write(to, first + row, smaller(run_rows, count - row), begin + i * lanes,
+                write(to, (first + row) * to.channels + begin + i * lanes, to.channels, smaller(run_rows, count - row),
                       products + row * products_row + i * lanes, products_row, leaky, channels[i]);
             }
         for (Index i = 0; i < vectors; ++i) channels[i].sum += sums_before[i], channels[i].square += squares_before[i];
@@ -347,10 +283,6 @@ struct Pass {
 // processor to foresee the next.
 inline void expect_pixels(const char* pixels, Index bytes) {
     for (Index i = 0; i < bytes; i += 64) __builtin_prefetch(pixels + i, 0, 2);
-}
-
-inline std::size_t floats(Index count) {
-    return Workspace::padded(static_cast<std::size_t>(count) * sizeof(float));
 }
 
 // Each thread takes a block of pixels, and where blocks are few a part of the columns, through products and output

@@ -3,10 +3,11 @@
 
 namespace ganvas::cpu {
 
-enum class Isa { portable, avx2, avx512 };
+// From the least to the most. `amx` has the kernels of avx512, and those of tiles (amx_kernel.cpp) beside them.
+enum class Isa { portable, avx2, avx512, amx };
 
-// Decided once per process. The environment variable GANVAS_CPU_ISA=portable|avx2|avx512 caps it; any other value
-// throws.
+// Decided once per process. The environment variable GANVAS_CPU_ISA=portable|avx2|avx512|amx caps it; any other
+// value throws.
 Isa selected_isa();
 
 const char* isa_name(Isa isa);
@@ -16,6 +17,9 @@ bool has_int16_products();
 
 // Whether one adds products of bfloat16 pairs to float32 sums (AVX512-BF16).
 bool has_bfloat16_products();
+
+// Whether one adds products of 16×16 tiles of them (AMX), and the system lets this process use those.
+bool has_bfloat16_tiles();
 
 // Whether the processor rounds to bfloat16 in one instruction (AVX512-BF16 too). Of interest to AVX-512 kernels only; a
 // constant, for their inner loops.
@@ -30,6 +34,7 @@ extern const bool processor_rounds_to_bfloat16;
 #define GANVAS_FOR_EACH_ISA(DECLARE) DECLARE(portable) DECLARE(avx2) DECLARE(avx512)
 #define GANVAS_DISPATCH(CALL)      \
     switch (selected_isa()) {      \
+        case Isa::amx:             \
         case Isa::avx512:          \
             return avx512::CALL;   \
         case Isa::avx2:            \

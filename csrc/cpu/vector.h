@@ -134,9 +134,24 @@ inline Vector load_lanes(const float* source, Index count) {
     if (count >= lanes) return load_vector(source);
     return reinterpret_cast<Vector>(_mm512_maskz_loadu_ps(first_lanes(count), source));
 }
+inline Vector load_lanes(const bfloat16* source, Index count) {
+    if (count >= lanes) return load_vector(source);
+    bfloat16 values[lanes];
+    const __m256i halves = _mm256_maskz_loadu_epi16(first_lanes(count), source);
+    std::memcpy(values, &halves, sizeof halves);
+    return load_vector(values);
+}
 inline void store_lanes(float* destination, Vector value, Index count) {
     if (count >= lanes) return store_vector(destination, value);
     _mm512_mask_storeu_ps(destination, first_lanes(count), reinterpret_cast<__m512>(value));
+}
+inline void store_lanes(bfloat16* destination, Vector value, Index count) {
+    if (count >= lanes) return store_vector(destination, value);
+    bfloat16 values[lanes];
+    store_vector(values, value);
+    __m256i halves;
+    std::memcpy(&halves, values, sizeof halves);
+    _mm256_mask_storeu_epi16(destination, first_lanes(count), halves);
 }
 #endif
 

@@ -1,6 +1,7 @@
 // A convolution's weight as it lies in memory, a block of channels at a time. Included by kernel sources only.
 #pragma once
 
+#include "gemm.h"
 #include "vector.h"
 
 namespace ganvas::cpu::GANVAS_ISA {
@@ -62,6 +63,26 @@ void store_taps(const Taps& w, float* first, Index channels, Index columns, TapB
             for (Index n = 0; n < columns; ++n) store_lanes(first + at + n * w.n, block[tap][n], channels);
         },
         [&](int tap, Index k, Index n, Index at) { first[at] = reinterpret_cast<const float*>(&block[tap][k])[n]; });
+}
+
+// Rows of words of `count` rows of numbers, `pitch` apart.
+template <Elements elements>
+void store_rows(const float* numbers, Index pitch, Index count, Index width, float* words, Index row_stride) {
+    constexpr Index step = elements == Elements::floats ? 1 : 2;
+    for (Index i = 0; i < count; i += step, numbers += step * pitch, words += row_stride)
+        for (Index j = 0; j < width; j += lanes) {
+            const Vector first = load_vector(numbers + j);
+            if constexpr (elements == Elements::floats) store_vector(words + j, first);
+#if defined(__AVX512F__)
+            if constexpr (elements == Elements::bfloat16_pairs) {
+                VectorBits bits = __builtin_convertvector(nearest_bfloat16(first), VectorBits);
+                if (i + 1 < count)
+                    bits |= __builtin_convertvector(nearest_bfloat16(load_vector(numbers + pitch + j)), VectorBits)
+                            << 16;
+                std::memcpy(words + j, &bits, sizeof bits);
+            }
+#endif
+        }
 }
 
 }  // namespace ganvas::cpu::GANVAS_ISA

@@ -278,8 +278,8 @@ def test_what_changed_since_the_last_call_counts(chains, step, plain_twin, chang
     assert chains[-1] == 3
     assert got.gradients.keys() == expected.gradients.keys()
     for name, tensor in expected.tensors().items():
-        if change == "precision":  # rounded, a pixel or two may be on the other side of a kink
-            assert (got.tensors()[name] - tensor).double().norm() <= 5e-2 * tensor.double().norm(), name
+        if change == "precision":  # factors rounded to bfloat16 put a few pixels on the other side of a kink
+            assert (got.tensors()[name] - tensor).double().norm() <= 1e-1 * tensor.double().norm(), name
             continue
         torch.testing.assert_close(
             got.tensors()[name], tensor, rtol=2e-2, atol=1e-2 * tensor.abs().max().item(), msg=name

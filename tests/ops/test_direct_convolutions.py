@@ -260,7 +260,7 @@ def test_same_arguments_give_the_same_bits(threads, name, count):
 
 
 def multiplies_bfloat16() -> bool:
-    return native.selected_isa() == "avx512" and "avx512_bf16" in Path("/proc/cpuinfo").read_text()
+    return native.selected_isa() in ("avx512", "amx") and "avx512_bf16" in Path("/proc/cpuinfo").read_text()
 
 
 def test_medium_float32_precision_multiplies_bfloat16():

@@ -251,7 +251,9 @@ def test_bfloat16_of_equal_numbers_overflows_nothing(value):
         of.case.native.forward(of.pending, of.weight, None),
         layer_by_layer(of, torch.float64),
     )
-    torch.testing.assert_close(output.double(), expected["output"], rtol=1e-2, atol=1e-37)
+    # Of tiles, products below the least normal number are zeros, as they are to torch where it multiplies tiles.
+    least = 9 * 256 * torch.finfo(torch.float32).tiny if native.has_bfloat16_tiles() else 1e-37
+    torch.testing.assert_close(output.double(), expected["output"], rtol=1e-2, atol=least)
 
 
 @pytest.mark.parametrize("signs", list(product((1.0, -1.0), repeat=3)))
@@ -298,11 +300,11 @@ def precision():
     torch.set_float32_matmul_precision(before)
 
 
-def multiplies_integers() -> bool:
-    return native.selected_isa() == "avx512" and "avx512_vnni" in Path("/proc/cpuinfo").read_text()
+def multiplies_coarsely() -> bool:
+    return native.selected_isa() in ("avx512", "amx") and "avx512_vnni" in Path("/proc/cpuinfo").read_text()
 
 
-def test_medium_float32_precision_is_finer_than_factors_rounded_to_bfloat16(precision):
+def test_medium_float32_precision_is_finer_than_factors_rounded_to_bfloat16_or_just_that(precision):
     of = Arguments(Case(in_channels=64, out_channels=64, height=17, width=20, pending="stored", has_bias=False))
     exact, plain = layer_by_layer(of, torch.float64), kernels(of)
     precision("high")
@@ -313,8 +315,9 @@ def test_medium_float32_precision_is_finer_than_factors_rounded_to_bfloat16(prec
         tensor.copy_(tensor.bfloat16())
     rounded = layer_by_layer(of, torch.float64)
     for name in ("output", "grad_input", "grad_weight"):
-        assert (ours[name] - exact[name]).norm() < (rounded[name] - exact[name]).norm(), name
-        assert torch.equal(ours[name], plain[name]) != multiplies_integers(), name
+        error, rounding = (ours[name] - exact[name]).norm(), (rounded[name] - exact[name]).norm()
+        assert error < rounding or (native.has_bfloat16_tiles() and error < 1.001 * rounding), name
+        assert torch.equal(ours[name], plain[name]) != multiplies_coarsely(), name
 
 
 @pytest.mark.parametrize("activation_first", [False, True])

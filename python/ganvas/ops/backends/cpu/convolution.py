@@ -12,7 +12,7 @@ from torch import Tensor
 from ganvas._native import ConvolutionKind
 from ganvas.ops import tuning
 from ganvas.ops.backends.cpu import direct, stride2, winograd
-from ganvas.ops.backends.cpu.kernels import LEAST_CHANNELS, NativeConvolution
+from ganvas.ops.backends.cpu.kernels import LEAST_CHANNELS, NativeConvolution, multiplies_tiles
 from ganvas.ops.backends.cpu.precision import multiplied_as, rounds_float32
 from ganvas.ops.backends.trial import Direction, trial
 from ganvas.ops.convolution import Geometry
@@ -87,6 +87,8 @@ def chosen_convolution(
         return tuning.decisions[key]
     except KeyError:
         makes = _makes(geometry, weight, input_shape)
+        if makes and multiplies_tiles(dtype):  # whichever it is; the last takes the weight as it is
+            makes = {"tiles": list(makes.values())[-1]}
         family = _fastest(makes, *key[:-1]) if makes else None
         return tuning.decided(key, None if family is None else makes[family](*key[1:4]))
 
@@ -99,7 +101,8 @@ def _fastest(
     if not tuning.applies(threads):
         return next(iter(makes)) if _is_wide(weight) else None
     if _multiplications(geometry, weight, input) < _LEAST_MULTIPLICATIONS:
-        return "direct" if "direct" in makes and _is_wide(weight) else None
+        family = next(reversed(makes))
+        return family if family != "winograd" and _is_wide(weight) else None
     shape = _representative(geometry, weight, input, threads)
     batch, channels, height, width = shape
     case = tuning.Case(

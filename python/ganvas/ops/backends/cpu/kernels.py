@@ -138,3 +138,8 @@ def multiplies_coarsely(dtype: torch.dtype) -> bool:
     As torch's precision of float32 has them now.
     """
     return dtype is not torch.float32 or rounds_float32()
+
+
+def multiplies_tiles(dtype: torch.dtype) -> bool:
+    """Whether products are of the processor's tiles of bfloat16 numbers, AMX: then by the convolution's definition."""
+    return multiplies_coarsely(dtype) and native.has_bfloat16_tiles()

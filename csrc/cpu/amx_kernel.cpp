@@ -1,0 +1,731 @@
+// Convolutions of any kernel, stride, padding and dilation as products of tiles (amx.h) of bfloat16 numbers, where
+// has_bfloat16_tiles().
+//
+// A map is copied once, its activation applied, with zeros around it: then the pixels that a tap of the kernel meets
+// are those of the output, a constant number of places further on, and each tap's factor is read where it lies. Rows
+// follow each other with no more between them than the zeros that the end of one and the beginning of the next have in
+// common; so do images. Places are counted in one line, and what comes out between two rows is left aside.
+//
+// With a stride s, every s-th pixel makes a plane of its own. A convolution reads s×s planes of its input; the gradient
+// that it gives back has s×s phases, each of which meets some of the taps and reads one plane. Transposed convolutions
+// are the same with maps exchanged.
+//
+//   backward_weight   dw[tap][m][n] = Σ_q P[q][m]·L[q + tap][n], with P the map of one plane, turned so that pixels lie
+//                     side by side, and L the other in pairs of pixels, of which one begins at each place
+#include <omp.h>
+
+#include "amx.h"
+#include "convolution_output.h"
+#include "convolutions.h"
+#include "parallel.h"
+#include "weight_taps.h"
+#include "workspace.h"
+
+namespace ganvas::cpu::avx512 {
+namespace {
+
+constexpr Index chunk = 128;            // places that are multiplied together
+constexpr Index block = 2 * tile_side;  // channels or places of two tiles
+constexpr Index pair_bytes = 2 * tile_words * static_cast<Index>(sizeof(float));
+constexpr Index right_bytes = 36 << 10;           // of a weight's tiles that stay in the nearest cache
+constexpr Index part_bytes = 384 << 10;           // of the copies that a thread makes at a time
+constexpr Index gradient_part_bytes = 768 << 10;  // the same for the weight's gradient
+constexpr Index gradient_bytes = 1 << 20;         // of a weight's gradient that a thread adds up by itself
+constexpr Index turn_tiles = 8;                   // of pixels that the taps of a row are multiplied with in turn
+constexpr Index together_bytes = 256;             // lines so far apart, and multiples, fall on few sets of a cache
+
+using Number = std::uint16_t;  // of bfloat16
+
+constexpr Index multiple(Index count, Index of) {
+    return ceiling(count, of) * of;
+}
+
+// How pixels of a map that is read meet those of another along one axis.
+struct Axis {
+    bool gathers;    // the other map's pixels read windows; else they are what windows are added up to
+    Index from, to;  // lengths
+    Index size, stride, padding, dilation;
+    Index planes, phases;
+    Index lead = 0, reach = 0;  // zeros before a plane's first pixel, and the furthest shift
+    Index pitch = 0;            // places from one row, or image, to the next
+
+    Axis(const KernelAxis& kernel, bool gathers, Index from, Index to)
+        : gathers(gathers),
+          from(from),
+          to(to),
+          size(kernel.size),
+          stride(kernel.stride),
+          padding(kernel.padding),
+          dilation(kernel.dilation),
+          planes(gathers ? stride : 1),
+          phases(gathers ? 1 : stride) {
+        Index end = plane_length(0);
+        for (Index phase = 0; phase < phases; ++phase)
+            for (Index tap = 0; tap < size; ++tap) {
+                if (!meets(phase, tap)) continue;
+                lead = larger(lead, -shift(phase, tap));
+                reach = larger(reach, shift(phase, tap));
+                end = larger(end, phase_length(phase) + shift(phase, tap));
+            }
+        pitch = larger(phase_length(0), larger(plane_length(0) + lead, end));
+    }
+    Index plane_length(Index plane) const { return ceiling(larger(0, from - plane), planes); }
+    Index phase_length(Index phase) const { return ceiling(larger(0, to - phase), phases); }
+    bool meets(Index phase, Index tap) const { return gathers || modulo(offset(phase, tap)) == 0; }
+    // Pixel m of the phase meets pixel m + shift of the plane.
+    Index plane(Index phase, Index tap) const { return gathers ? modulo(offset(phase, tap)) : 0; }
+    Index shift(Index phase, Index tap) const {
+        const Index o = offset(phase, tap);
+        return (o - modulo(o)) / stride;
+    }
+
+  private:
+    Index offset(Index phase, Index tap) const {
+        return gathers ? dilation * tap - padding : phase + padding - dilation * tap;
+    }
+    Index modulo(Index value) const { return (value % stride + stride) % stride; }
+};
+
+// A pair of taps, along either axis, that pixels of a phase meet.
+struct Tap {
+    Index plane, place;  // that is read beside a pixel's own place
+    Index offset;        // of its numbers in the weight
+};
+
+// Two maps, the way from one to the other, and how they are cut into parts: some images of one group, or some rows of
+// one image.
+struct Meeting {
+    Axis y, x;
+    Index images, group_images;
+    Index part_images, part_rows;  // rows of a phase
+    Index per_image, per_group, count;
+
+    // A part's copies take no more than `most_bytes`, `place_bytes` for each pixel; parts are at least `enough`, where
+    // that is possible.
+    Meeting(const Axis& y, const Axis& x, Index images, Index groups, Index place_bytes, Index most_bytes, Index enough)
+        : y(y), x(x), images(images), group_images(images / groups) {
+        const Index height = y.phase_length(0), row_bytes = planes() * x.pitch * place_bytes;
+        const Index rows = larger(1, most_bytes / row_bytes - y.lead - y.reach);
+        part_images = clamped(rows / y.pitch, 1, smaller(group_images, larger(1, images / enough)));
+        part_rows = smaller(rows, height);
+        if (part_images == 1 && images < enough) part_rows = smaller(part_rows, ceiling(height * images, enough));
+        per_image = part_images > 1 ? 1 : ceiling(height, part_rows);
+        part_rows = ceiling(height, per_image);
+        per_group = ceiling(group_images, part_images) * per_image;
+        count = groups * per_group;
+    }
+    Index planes() const { return y.planes * x.planes; }
+    Index group(Index part) const { return part / per_group; }
+    Index image(Index part) const { return group(part) * group_images + part % per_group / per_image * part_images; }
+    Index images_of(Index part) const { return smaller(part_images, (group(part) + 1) * group_images - image(part)); }
+    Index top(Index part) const { return part % per_image * part_rows; }
+    Index bottom(Index part, Index phase) const { return smaller(top(part) + part_rows, y.phase_length(phase)); }
+    // Pixels of the map that is written, of all phases.
+    Index first(Index part) const { return (image(part) * y.to + top(part) * y.phases) * x.to; }
+    Index last(Index part) const {
+        const Index end = smaller((top(part) + part_rows) * y.phases, y.to);
+        return ((image(part) + images_of(part) - 1) * y.to + end) * x.to;
+    }
+
+    // Rows of a plane that are copied, and places up to the last that is read.
+    Index rows(Index part_images, Index part_rows) const {
+        return (part_images - 1) * y.pitch + part_rows + y.lead + y.reach;
+    }
+    Index places(Index rows) const { return rows * x.pitch + x.lead + x.reach + chunk; }
+    Index most_places() const { return places(rows(part_images, part_rows)); }
+    // Places of a phase, from its first pixel to its last.
+    Index length(Index part, Index phase_y, Index phase_x) const {
+        const Index rows = bottom(part, phase_y) - top(part);
+        if (rows <= 0 || x.phase_length(phase_x) <= 0) return 0;
+        return ((images_of(part) - 1) * y.pitch + rows - 1) * x.pitch + x.phase_length(phase_x);
+    }
+    // Calls visit(image, row, column, place, count) for pixels of a phase at places [begin, end), row by row.
+    template <class Visit>
+    void each_run(Index part, Index phase_y, Index phase_x, Index begin, Index end, Visit visit) const {
+        const Index height = bottom(part, phase_y) - top(part), width = x.phase_length(phase_x);
+        Index line = begin / x.pitch, column = begin % x.pitch;
+        for (Index place = begin; place < end; ++line, column = 0) {
+            const Index until = smaller(end, place + x.pitch - column), count = smaller(until - place, width - column);
+            const Index nth = images_of(part) == 1 ? 0 : line / y.pitch, row = line - nth * y.pitch;
+            if (count > 0 && row < height) visit(image(part) + nth, top(part) + row, column, place, count);
+            place = until;
+        }
+    }
+    Index tap_count() const { return y.size * x.size; }
+    // The taps that a phase meets.
+    Index taps_of(Index phase_y, Index phase_x, Index kernel_row, Index kernel_column, Tap* taps) const {
+        Index count = 0;
+        for (Index ty = 0; ty < y.size; ++ty)
+            for (Index tx = 0; tx < x.size; ++tx)
+                if (y.meets(phase_y, ty) && x.meets(phase_x, tx))
+                    taps[count++] = {y.plane(phase_y, ty) * x.planes + x.plane(phase_x, tx),
+                                     (y.lead + y.shift(phase_y, ty)) * x.pitch + x.lead + x.shift(phase_x, tx),
+                                     ty * kernel_row + tx * kernel_column};
+        return count;
+    }
+};
+
+inline void store_pixel(Number* to, Vector low, Vector high) {
+    VectorBits pair;
+    asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(pair) : "v"(low), "v"(high));
+    std::memcpy(to, &pair, sizeof pair);
+}
+
+// `count` pixels, their activation applied, from `channels` channels on; zeros past those, up to whole tiles.
+template <class T, Activation kind>
+void copy_pixels(const T* from, Index from_step, Index count, Index channels, const float* scale, const float* shift,
+                 Leaky leaky, Number* to, Index to_step) {
+    for (Index c = 0; c < channels; c += tile_depth) {
+        const Index low = smaller(lanes, channels - c), high = clamped(channels - c - lanes, 0, lanes);
+        Vector scales[2]{}, shifts[2]{};
+        if (kind != Activation::identity) {
+            scales[0] = load_lanes(scale + c, low), shifts[0] = load_lanes(shift + c, low);
+            if (high) scales[1] = load_lanes(scale + c + lanes, high), shifts[1] = load_lanes(shift + c + lanes, high);
+        }
+        const T* pixel = from + c;
+        Number* copy = to + c;
+        const auto copy_each = [&](auto load_low, auto load_high) {
+            for (Index i = 0; i < count; ++i, pixel += from_step, copy += to_step)
+                store_pixel(copy, activate<kind>(load_low(pixel), scales[0], shifts[0], leaky),
+                            activate<kind>(load_high(pixel + lanes), scales[1], shifts[1], leaky));
+        };
+        if (high == lanes)
+            copy_each([](const T* at) { return load_vector(at); }, [](const T* at) { return load_vector(at); });
+        else
+            copy_each([=](const T* at) { return load_lanes(at, low); },
+                      [=](const T* at) { return high ? load_lanes(at, high) : Vector{}; });
+    }
+}
+
+inline void zero_numbers(Number* to, Index count) {
+    __builtin_memset(to, 0, static_cast<std::size_t>(count) * sizeof(Number));
+}
+
+// Pixels of a map that are read.
+struct Reader {
+    Source source;
+    void (*copy)(const Reader&, Index image, const void* first, Index step, Index count, Index channel, Index channels,
+                 Number* to, Index to_step);
+    Index element_bytes;
+
+    Reader(const Source& source, Dtype dtype) : source(source), element_bytes(ganvas::element_bytes(dtype)) {
+        copy = for_activation(activation_of(source.pixels), [&]<Activation kind>() {
+            return dtype == Dtype::float32 ? copy_of<float, kind> : copy_of<bfloat16, kind>;
+        });
+    }
+    // `count` pixels of a row, every step-th from column x on; of channels [channel, channel + channels).
+    void operator()(Index image, Index y, Index x, Index step, Index count, Index channel, Index channels, Number* to,
+                    Index to_step) const {
+        const Index first = ((image * source.height + y) * source.width + x) * source.channels + channel;
+        copy(*this, image, static_cast<const char*>(source.pixels.stored) + first * element_bytes,
+             step * source.channels, count, channel, channels, to, to_step);
+    }
+
+  private:
+    template <class T, Activation kind>
+    static void copy_of(const Reader& reader, Index image, const void* first, Index step, Index count, Index channel,
+                        Index channels, Number* to, Index to_step) {
+        const PendingActivation& pixels = reader.source.pixels;
+        const Index at = reader.source.per_channel(image) + channel;
+        copy_pixels<T, kind>(static_cast<const T*>(first), step, count, channels,
+                             pixels.scale ? pixels.scale + at : nullptr, pixels.shift ? pixels.shift + at : nullptr,
+                             Leaky(pixels.negative_slope), to, to_step);
+    }
+};
+
+// Calls emit(row, pixels) with each of `rows` rows of a plane, x.pitch pixels of `step` numbers, which are copied to
+// row_of(row).
+template <class RowOf, class Emit>
+void copy_plane(const Meeting& m, const Reader& read, Index part, Index plane, Index rows, Index step, RowOf row_of,
+                Emit emit) {
+    const Index plane_y = plane / m.x.planes, plane_x = plane % m.x.planes;
+    const Index height = m.y.plane_length(plane_y), width = m.x.plane_length(plane_x);
+    const Index count = m.images_of(part), first = m.image(part);
+    for (Index row = 0; row < rows; ++row) {
+        const Index nth = count == 1 ? 0 : smaller(row / m.y.pitch, count - 1);
+        const Index y = m.top(part) + row - nth * m.y.pitch - m.y.lead;
+        Number* const to = row_of(row);
+        const Index inside = y >= 0 && y < height ? width : 0;
+        if (inside)
+            read(first + nth, y * m.y.planes + plane_y, plane_x, m.x.planes, inside, 0, read.source.channels, to, step);
+        zero_numbers(to + inside * step, (m.x.pitch - inside) * step);
+        emit(row, to);
+    }
+}
+
+// A pass from one map to another. The weight's taps[k][n] are numbers of channel k of the map that is read.
+struct Pass {
+    const Meeting& meeting;
+    Reader read;
+    Destination to;
+    Taps weight;
+    const float* values;
+    Index step;     // numbers from place to place
+    Index k_tiles;  // of the channels that are read
+
+    Index place_bytes() const { return step * static_cast<Index>(sizeof(Number)); }
+    Index plane_bytes() const { return meeting.most_places() * place_bytes(); }
+    Index pairs() const { return ceiling(to.channels, block); }
+    // Tiles of channels that are multiplied together.
+    Index group(Index taps) const { return clamped(right_bytes / (larger(1, taps) * pair_bytes), 1, k_tiles); }
+};
+
+// The taps of every phase, and where the weight's tiles for a phase begin: [pair][group][tap][k][2].
+struct Phases {
+    Tap* taps;
+    Index* first;  // of each phase, and the end
+    float* weight;
+
+    Index count(Index phase) const { return first[phase + 1] - first[phase]; }
+    float* tiles(const Pass& pass, Index phase, Index pair) const {
+        return weight + (pass.pairs() * first[phase] + pair * count(phase)) * pass.k_tiles * 2 * tile_words;
+    }
+};
+
+// A tile of a tap: numbers of channels [k, k + tile_depth), two to a word, for columns [n, n + tile_side).
+void pack_tile(const Taps& w, const float* tap, Index k, Index n, float* words) {
+    const Index columns = smaller(tile_side, w.columns - n);
+    if (columns <= 0) return;  // of a pair of tiles that is none
+    for (Index half = 0; half < 2; ++half, k += lanes, words += tile_words / 2) {
+        TapBlock numbers[1] = {};
+        if (k < w.channels) load_taps<1>(w, tap + k * w.k + n * w.n, smaller(lanes, w.channels - k), columns, numbers);
+        store_rows<Elements::bfloat16_pairs>(reinterpret_cast<const float*>(numbers[0]), lanes, lanes, lanes, words,
+                                             lanes);
+    }
+}
+
+// Every tile of one tap for a pair of columns.
+void pack_pair(const Pass& pass, const Phases& phases, Index phase, Index pair, Index tap) {
+    const Index taps = phases.count(phase), group = pass.group(taps);
+    const float* const values = pass.values + phases.taps[phases.first[phase] + tap].offset;
+    for (Index k = 0; k < pass.k_tiles; ++k) {
+        const Index before = k / group * group, depth = smaller(group, pass.k_tiles - before);
+        float* const words =
+            phases.tiles(pass, phase, pair) + (before * taps + tap * depth + k - before) * 2 * tile_words;
+        for (Index i = 0; i < 2; ++i)
+            pack_tile(pass.weight, values, k * tile_depth, pair * block + i * tile_side, words + i * tile_words);
+    }
+}
+
+// `count` places of a phase times the taps that it meets, for a pair of columns, or one: [chunk][block].
+template <int columns>
+void multiply(const Pass& pass, const Phases& phases, Index phase, Index pair, const char* copies, Index place,
+              Index count, float* products) {
+    constexpr Index row_bytes = block * static_cast<Index>(sizeof(float));
+    const Tap* const taps = phases.taps + phases.first[phase];
+    const Index tap_count = phases.count(phase), group = pass.group(tap_count);
+    const Index place_bytes = pass.place_bytes(), plane_bytes = pass.plane_bytes();
+    const char* weight = reinterpret_cast<const char*>(phases.tiles(pass, phase, pair));
+    for (Index k = 0; k < pass.k_tiles; k += group) {
+        const Index depth = smaller(group, pass.k_tiles - k);
+        for (Index row = 0; row < count; row += block) {
+            float* const to = products + row * block;
+            const auto at = [&](int i, int j) { return to + (i * block + j) * tile_side; };
+            each_sum<2, columns>(
+                [&]<int sums>(int i, int j) { k > 0 ? load_tile<sums>(at(i, j), row_bytes) : zero_tile<sums>(); });
+            const char* right = weight;
+            for (Index tap = 0; tap < tap_count; ++tap, right += depth * pair_bytes)
+                add_tile_products<2, columns>(
+                    copies + taps[tap].plane * plane_bytes + (taps[tap].place + place + row) * place_bytes + k * 64,
+                    place_bytes, tile_side * place_bytes, 64, right, 64, pair_bytes / 2, pair_bytes, depth);
+            each_sum<2, columns>([&]<int sums>(int i, int j) { store_tile<sums>(at(i, j), row_bytes); });
+        }
+        weight += tap_count * depth * pair_bytes;
+    }
+}
+
+// What is kept of the pixels of a part: two vectors of channels, from `begin` on.
+struct PairSums {
+    Index begin, vectors;
+    Channels channels[2];
+    bool begun = false;
+};
+
+// Stores the pixels among the places [place, place + count) of a phase.
+template <class T, Output kind>
+void write_places(const Pass& pass, Index part, Index phase, Index place, Index count, const float* products,
+                  PairSums& sums) {
+    const Meeting& m = pass.meeting;
+    const Destination& to = pass.to;
+    const Leaky leaky = leaky_of<kind>(to);
+    const Index phase_y = phase / m.x.phases, phase_x = phase % m.x.phases, step = m.x.phases * to.channels;
+    m.each_run(
+        part, phase_y, phase_x, place, place + count, [&](Index image, Index row, Index column, Index at, Index run) {
+            const float* const values = products + (at - place) * block;
+            if (!sums.begun) {
+                sums.begun = true;
+                for (Index i = 0; i < sums.vectors; ++i) {
+                    Channels& of = sums.channels[i];
+                    of = channels_of<kind>(to, m.group(part), sums.begin + i * lanes, to.channels);
+                    if (takes_statistics<kind>)  // deviations from a near mean: nothing cancels
+                        of.pivot = mean_of<kind>(values + i * lanes, block, smaller(run, 2 * run_rows), leaky, of.bias);
+                }
+            }
+            const Index position =
+                ((image * to.height + row * m.y.phases + phase_y) * to.width + column * m.x.phases + phase_x) *
+                    to.channels +
+                sums.begin;
+            for (Index i = 0; i < run; i += run_rows)
+                for (Index v = 0; v < sums.vectors; ++v) {
+                    Channels& of = sums.channels[v];
+                    const auto write = of.count >= lanes ? write_run<T, kind, true> : write_run<T, kind, false>;
+                    write(to, position + i * step + v * lanes, step, smaller(run_rows, run - i),
+                          values + i * block + v * lanes, block, leaky, of);
+                }
+        });
+}
+
+// Takes a pair of columns of a part through products and output.
+template <class T, Output kind>
+void write_pair(const Pass& pass, const Phases& phases, Index part, Index pair, const char* copies, float* products,
+                double* sums_of_part) {
+    const Meeting& m = pass.meeting;
+    PairSums sums{pair * block, smaller(2, ceiling(pass.to.channels - pair * block, lanes)), {}};
+    for (Index phase = 0; phase < m.y.phases * m.x.phases; ++phase) {
+        const Index length = m.length(part, phase / m.x.phases, phase % m.x.phases);
+        for (Index place = 0; place < length; place += chunk) {
+            const Index count = smaller(chunk, length - place);
+            (sums.vectors == 2 ? multiply<2> : multiply<1>)(pass, phases, phase, pair, copies, place, count, products);
+            write_places<T, kind>(pass, part, phase, place, count, products, sums);
+        }
+    }
+    keep_sums<kind>(sums.channels, sums.vectors, sums.begin, m.last(part) - m.first(part), pass.to.channels,
+                    sums_of_part);
+}
+
+using WritePair = void (*)(const Pass&, const Phases&, Index part, Index pair, const char* copies, float* products,
+                           double* sums);
+
+template <class T>
+WritePair write_of(Output kind) {
+    switch (kind) {
+        case Output::added:
+            return write_pair<T, Output::added>;
+        case Output::statistics:
+            return write_pair<T, Output::statistics>;
+        case Output::activation_statistics:
+            return write_pair<T, Output::activation_statistics>;
+        case Output::activated:
+            return write_pair<T, Output::activated>;
+        case Output::activated_first:
+            return write_pair<T, Output::activated_first>;
+        case Output::affine_kink:
+            return write_pair<T, Output::affine_kink>;
+        case Output::kink_affine:
+            return write_pair<T, Output::kink_affine>;
+        default:
+            return write_pair<T, Output::plain>;
+    }
+}
+
+// Each thread takes a part, and where parts are few some of the columns, through copy, products and output. The weight
+// is made first and shared. Then finish(sums, group, begin, end) is called for slices of the channels.
+template <class Finish>
+void run(const Pass& pass, Dtype dtype, Output kind, int threads, Finish finish) {
+    const Meeting& m = pass.meeting;
+    const Destination& to = pass.to;
+    const Index pairs = pass.pairs(), phase_count = m.y.phases * m.x.phases;
+    const Index splits = smaller(pairs, ceiling(threads, m.count)), split = ceiling(pairs, splits);
+    const std::size_t copy_bytes = Workspace::padded(static_cast<std::size_t>(m.planes() * pass.plane_bytes()));
+    const std::size_t tap_bytes = Workspace::padded(static_cast<std::size_t>(m.tap_count()) * sizeof(Tap));
+    const std::size_t first_bytes = Workspace::padded(static_cast<std::size_t>(phase_count + 1) * sizeof(Index));
+    const std::size_t weight_bytes = floats(m.tap_count() * pairs * pass.k_tiles * 2 * tile_words);
+    const std::size_t sum_bytes = PartSums<Meeting>::bytes(m, to.channels);
+    Workspace workspace(tap_bytes + first_bytes + weight_bytes + Workspace::padded(sum_bytes));
+    const ThreadWorkspaces scratch(copy_bytes + floats(chunk * block), threads);
+    const Phases phases{static_cast<Tap*>(workspace.take(tap_bytes)), static_cast<Index*>(workspace.take(first_bytes)),
+                        static_cast<float*>(workspace.take(weight_bytes))};
+    const PartSums<Meeting> sums{m, to.channels, static_cast<double*>(workspace.take(sum_bytes))};
+    const WritePair write = dtype == Dtype::float32 ? write_of<float>(kind) : write_of<bfloat16>(kind);
+    phases.first[0] = 0;
+    for (Index phase = 0; phase < phase_count; ++phase)
+        phases.first[phase + 1] =
+            phases.first[phase] + m.taps_of(phase / m.x.phases, phase % m.x.phases, pass.weight.row, pass.weight.column,
+                                            phases.taps + phases.first[phase]);
+    Shares shares(m.count * splits, threads);
+
+#pragma omp parallel num_threads(threads)
+    {
+        const Index thread = omp_get_thread_num(), team = omp_get_num_threads();
+        char* const copies = scratch.of(thread);
+        float* const products = reinterpret_cast<float*>(copies + copy_bytes);
+        const Tiles tiles;
+        for (Index phase = 0; phase < phase_count; ++phase) {
+            const Index count = phases.count(phase);
+#pragma omp for schedule(static) nowait
+            for (Index item = 0; item < pairs * count; ++item)
+                pack_pair(pass, phases, phase, item / count, item % count);
+        }
+#pragma omp barrier
+        for (Index item; (item = shares.take(thread)) >= 0;) {
+            const Index part = item / splits, first = item % splits * split, last = smaller(first + split, pairs);
+            const Index rows = m.rows(m.images_of(part), m.bottom(part, 0) - m.top(part));
+            for (Index plane = 0; plane < m.planes() && first < last; ++plane) {
+                Number* const copy = reinterpret_cast<Number*>(copies + plane * pass.plane_bytes());
+                zero_numbers(copy, m.x.lead * pass.step);
+                copy_plane(
+                    m, pass.read, part, plane, rows, pass.step,
+                    [&](Index row) { return copy + (m.x.lead + row * m.x.pitch) * pass.step; },
+                    [](Index, const Number*) {});
+            }
+            for (Index pair = first; pair < last; ++pair)
+                write(pass, phases, part, pair, copies, products, sums.of(part));
+        }
+#pragma omp barrier
+        finish_slice(to, sums, finish, thread, team);
+    }
+}
+
+template <class Finish>
+void run(const ConvolutionShape& s, const Source& from, Destination to, bool gathers, const Taps& weight,
+         const float* values, Output kind, int threads, Finish finish) {
+    const Axis y(s.rows, gathers, from.height, to.height), x(s.columns, gathers, from.width, to.width);
+    const Index step = multiple(from.channels, tile_depth), bytes = step * static_cast<Index>(sizeof(Number));
+    const Index place = bytes % together_bytes == 0 ? step + tile_depth : step;
+    const Meeting meeting(y, x, s.batch, s.groups, place * static_cast<Index>(sizeof(Number)), part_bytes, 2 * threads);
+    to.streams = streams(to, s.dtype, s.batch);
+    run({meeting, Reader(from, s.dtype), to, weight, values, place, step / tile_depth}, s.dtype, kind, threads, finish);
+}
+
+// The factors of a part's products in the weight's gradient, and what they add up to.
+struct GradientPass {
+    const Meeting& meeting;
+    Reader plain, looked;
+    Index row_tiles, column_tiles;
+    Index step;  // words from place to place of the looked-at map
+
+    Index tile(Index tap, Index row) const { return (tap * row_tiles + row) * column_tiles * tile_words; }
+};
+
+// Pixels of rows [first, last) of tiles of the plain map's channels, at `length` places, turned: [row][k], tiles.
+void turn_plain(const GradientPass& pass, Index part, Index length, Index first, Index last, Number* pixels,
+                float* turned) {
+    const Meeting& m = pass.meeting;
+    const Index depth = ceiling(length, tile_depth), channel = first * tile_side;
+    const Index channels = smaller(last * tile_side, pass.plain.source.channels) - channel;
+    const Index step = multiple(channels, tile_depth);
+    for (Index k = 0; k < depth; ++k) {
+        zero_numbers(pixels, tile_depth * step);
+        m.each_run(part, 0, 0, k * tile_depth, smaller(length, (k + 1) * tile_depth),
+                   [&](Index image, Index row, Index column, Index place, Index count) {
+                       pass.plain(image, row, column, 1, count, channel, channels,
+                                  pixels + (place - k * tile_depth) * step, step);
+                   });
+        for (Index row = first; row < last; ++row) {
+            Vector pairs[lanes];
+            const Number* pixel = pixels + (row - first) * tile_side;
+            for (Vector& pair : pairs) {
+                VectorHalves low, high;
+                std::memcpy(&low, pixel, sizeof low);
+                std::memcpy(&high, pixel + step, sizeof high);
+                const VectorBits bits =
+                    __builtin_convertvector(low, VectorBits) | (__builtin_convertvector(high, VectorBits) << 16);
+                std::memcpy(&pair, &bits, sizeof pair);
+                pixel += 2 * step;
+            }
+            transpose(pairs);
+            float* to = turned + ((row - first) * depth + k) * tile_words;
+            for (const Vector& pair : pairs) store_vector(to, pair), to += lanes;
+        }
+    }
+}
+
+// words[i] of `count` pixels: each beside the next one.
+void pair_pixels(const Number* pixels, Index step, Index count, Index tiles, float* words, Index words_step) {
+    for (Index tile = 0; tile < tiles; ++tile) {
+        const Number* pixel = pixels + tile * tile_side;
+        float* to = words + tile * tile_side;
+        const auto load = [](const Number* at) {
+            VectorHalves halves;
+            std::memcpy(&halves, at, sizeof halves);
+            return __builtin_convertvector(halves, VectorBits);
+        };
+        VectorBits before = load(pixel);
+        for (Index i = 0; i < count; ++i, to += words_step) {
+            pixel += step;
+            const VectorBits after = load(pixel), bits = before | (after << 16);
+            std::memcpy(to, &bits, sizeof bits);
+            before = after;
+        }
+    }
+}
+
+// The looked-at map's planes in pairs of pixels, that of place p at words[p + 1]. `pixels` has room for a row, and one
+// pixel more.
+void pair_looked(const GradientPass& pass, Index part, Index rows, Number* pixels, float* words, Index plane_words) {
+    const Meeting& m = pass.meeting;
+    const Index step = multiple(pass.looked.source.channels, tile_depth), pitch = m.x.pitch;
+    for (Index plane = 0; plane < m.planes(); ++plane) {
+        float* to = words + plane * plane_words;
+        float* const end = to + (m.places(rows) + 1) * pass.step;
+        __builtin_memset(to, 0, static_cast<std::size_t>(m.x.lead * pass.step) * sizeof(float));
+        to += m.x.lead * pass.step;
+        zero_numbers(pixels, step);
+        // Before a row's own pixels lies the last one of the row before: the first pair is of both.
+        const auto pair = [&](Index count) {
+            pair_pixels(pixels, step, count, pass.column_tiles, to, pass.step);
+            __builtin_memcpy(pixels, pixels + count * step, static_cast<std::size_t>(step) * sizeof(Number));
+            to += count * pass.step;
+        };
+        copy_plane(
+            m, pass.looked, part, plane, rows, step, [&](Index) { return pixels + step; },
+            [&](Index, const Number*) { pair(pitch); });
+        while (to < end) {
+            const Index count = smaller(pitch, (end - to) / pass.step);
+            zero_numbers(pixels + step, count * step);
+            pair(count);
+        }
+    }
+}
+
+// Adds rows [first, last) of tiles of a part's gradient; `begins`: the sums are the first.
+void add_gradient(const GradientPass& pass, Index part, Index first, Index last, bool begins, const Tap* taps,
+                  const float* words, Index plane_words, const float* turned, float* gradient) {
+    constexpr Index tile_bytes = pair_bytes / 2;
+    const Meeting& m = pass.meeting;
+    const Index depth = ceiling(m.length(part, 0, 0), tile_depth), next_row = pass.column_tiles * tile_words;
+    const Index place_bytes = pass.step * static_cast<Index>(sizeof(float));
+    // Taps of one row of the kernel read the same lines: they take turns at a few pixels.
+    const Index turn = m.x.size > 1 ? turn_tiles : depth;
+    const auto add = [&]<int rows, int columns>(Index row, Index column) {
+        const char* const left = reinterpret_cast<const char*>(turned + (row - first) * depth * tile_words);
+        for (Index begin = 0; begin < m.tap_count(); begin += m.x.size)
+            for (Index k = 0; k < depth; k += turn)
+                for (Index tap = begin; tap < begin + m.x.size; ++tap) {
+                    float* const sums = gradient + pass.tile(tap, row) + column * tile_words;
+                    const auto at = [&](int i, int j) { return sums + i * next_row + j * tile_words; };
+                    each_sum<rows, columns>([&]<int tile>(int i, int j) {
+                        begins&& k == 0 ? zero_tile<tile>() : load_tile<tile>(at(i, j), 64);
+                    });
+                    const float* const right = words + taps[tap].plane * plane_words +
+                                               (taps[tap].place + 1 + k * tile_depth) * pass.step + column * tile_side;
+                    add_tile_products<rows, columns>(left + k * tile_bytes, 64, depth * tile_bytes, tile_bytes,
+                                                     reinterpret_cast<const char*>(right), 2 * place_bytes, 64,
+                                                     tile_depth * place_bytes, smaller(turn, depth - k));
+                    each_sum<rows, columns>([&]<int tile>(int i, int j) { store_tile<tile>(at(i, j), 64); });
+                }
+    };
+    for (Index column = 0; column < pass.column_tiles; column += 2)
+        for (Index row = first; row < last; row += 2) {
+            const bool two_rows = row + 1 < last, two_columns = column + 1 < pass.column_tiles;
+            if (two_rows && two_columns) add.template operator()<2, 2>(row, column);
+            if (two_rows && !two_columns) add.template operator()<2, 1>(row, column);
+            if (!two_rows && two_columns) add.template operator()<1, 2>(row, column);
+            if (!two_rows && !two_columns) add.template operator()<1, 1>(row, column);
+        }
+}
+
+// A tile of a tap's gradient: the shares' sums, in order, each number where the weight has it.
+void join_shares(const Taps& w, float* tap, Index row, Index column, const float* gradient, Index shares,
+                 Index share_words) {
+    TapBlock sums[1];
+    for (Index i = 0; i < lanes; ++i, gradient += lanes) {
+        sums[0][i] = load_vector(gradient);
+        for (Index share = 1; share < shares; ++share) sums[0][i] += load_vector(gradient + share * share_words);
+    }
+    store_taps<1>(w, tap + row * w.k + column * w.n, smaller(lanes, w.channels - row),
+                  smaller(lanes, w.columns - column), sums);
+}
+
+// Threads add up shares of the parts, and of a large gradient some of its rows, which are the channels of the plain
+// map.
+void weight_gradient(const GradientPass& pass, const Taps& w, float* grad_weight, int threads) {
+    const Meeting& m = pass.meeting;
+    const Index gradient_words = pass.tile(m.tap_count(), 0);
+    const Index splits = clamped(gradient_words * static_cast<Index>(sizeof(float)) / gradient_bytes, 1,
+                                 smaller(threads, ceiling(pass.row_tiles, 2)));
+    const Index split = multiple(ceiling(pass.row_tiles, splits), 2);
+    const Index shares = clamped(threads / splits, 1, m.count);
+
+    const Index plane_words = (m.most_places() + 1) * pass.step;
+    const Index most_depth = ceiling(m.most_places(), tile_depth);
+    const Index plain_step = multiple(pass.plain.source.channels, tile_depth);
+    const Index looked_step = multiple(pass.looked.source.channels, tile_depth);
+    const std::size_t word_bytes = floats(m.planes() * plane_words);
+    const std::size_t turned_bytes = floats(smaller(split, pass.row_tiles) * most_depth * tile_words);
+    const std::size_t pixel_bytes = floats(larger(tile_depth * plain_step, (m.x.pitch + 1) * looked_step) / 2);
+    const std::size_t all_bytes = floats(shares * gradient_words);
+    const std::size_t tap_bytes = Workspace::padded(static_cast<std::size_t>(m.tap_count()) * sizeof(Tap));
+    Workspace workspace(all_bytes + tap_bytes);
+    const ThreadWorkspaces scratch(word_bytes + turned_bytes + pixel_bytes, threads);
+    float* const gradient = static_cast<float*>(workspace.take(all_bytes));
+    Tap* const taps = static_cast<Tap*>(workspace.take(tap_bytes));
+    m.taps_of(0, 0, w.row, w.column, taps);
+
+#pragma omp parallel num_threads(threads)
+    {
+        char* const mine = scratch.of(omp_get_thread_num());
+        float* const words = reinterpret_cast<float*>(mine);
+        float* const turned = reinterpret_cast<float*>(mine + word_bytes);
+        Number* const pixels = reinterpret_cast<Number*>(mine + word_bytes + turned_bytes);
+        const Tiles tiles;
+#pragma omp for schedule(static)
+        for (Index item = 0; item < shares * splits; ++item) {
+            const Index share = item / splits, first = item % splits * split;
+            const Index last = smaller(first + split, pass.row_tiles);
+            const Index begin = m.count * share / shares, end = m.count * (share + 1) / shares;
+            for (Index part = begin; part < end && first < last; ++part) {
+                pair_looked(pass, part, m.rows(m.images_of(part), m.bottom(part, 0) - m.top(part)), pixels, words,
+                            plane_words);
+                turn_plain(pass, part, m.length(part, 0, 0), first, last, pixels, turned);
+                add_gradient(pass, part, first, last, part == begin, taps, words, plane_words, turned,
+                             gradient + share * gradient_words);
+            }
+        }
+        const Index grid = pass.row_tiles * pass.column_tiles;
+#pragma omp for schedule(static)
+        for (Index item = 0; item < m.tap_count() * grid; ++item)
+            join_shares(w, grad_weight + taps[item / grid].offset, item % grid / pass.column_tiles * tile_side,
+                        item % pass.column_tiles * tile_side, gradient + item * tile_words, shares, gradient_words);
+    }
+}
+
+}  // namespace
+
+void amx_forward(const ConvolutionForward& args, int threads) {
+    const ConvolutionShape& s = args.shape;
+    const ConvolutionWeight& w = args.weight;
+    const OutputStatistics& statistics = args.statistics;
+    const Index images = s.batch / s.groups;
+    run(s, {args.input, s.height, s.width, s.in_channels, images},
+        {args.output, s.out_height, s.out_width, s.out_channels, images, 1, args.bias, args.activation, nullptr,
+         statistics.negative_slope, false},
+        !s.transposed, {s.in_channels, s.out_channels, w.in, w.out, w.row, w.column}, w.values,
+        output_of(statistics, args.activation), threads, [&](const auto& sums, Index group, Index begin, Index end) {
+            if (statistics.scale) finish_statistics(statistics, sums, group, begin, end);
+        });
+}
+
+void amx_backward_input(const ConvolutionBackwardInput& args, int threads) {
+    const ConvolutionShape& s = args.shape;
+    const ConvolutionWeight& w = args.weight;
+    const Index images = s.batch / s.groups;
+    run(s, {written(args.grad_output), s.out_height, s.out_width, s.out_channels, images},
+        {args.grad_input, s.height, s.width, s.in_channels, images, 1, nullptr, beside_of(args), args.mean, 1.0f,
+         false},
+        s.transposed, {s.out_channels, s.in_channels, w.out, w.in, w.row, w.column}, w.values, output_of(args), threads,
+        [&](const auto& sums, Index group, Index begin, Index end) {
+            if (args.input.scale && args.sum) finish_sums(args, sums, group, begin, end);
+        });
+}
+
+void amx_backward_weight(const ConvolutionBackwardWeight& args, int threads) {
+    const ConvolutionShape& s = args.shape;
+    const ConvolutionWeight& w = args.layout;
+    const Index images = s.batch / s.groups;
+    const Source input{args.input, s.height, s.width, s.in_channels, images};
+    const Source grad_output{written(args.grad_output), s.out_height, s.out_width, s.out_channels, images};
+    const Source& plain = s.transposed ? input : grad_output;
+    const Source& looked = s.transposed ? grad_output : input;
+    const Index step = multiple(looked.channels, tile_side);
+    const Meeting meeting(Axis(s.rows, true, looked.height, plain.height),
+                          Axis(s.columns, true, looked.width, plain.width), s.batch, s.groups,
+                          4 * step + 2 * plain.channels, gradient_part_bytes, threads);
+    weight_gradient(
+        {meeting, Reader(plain, s.dtype), Reader(looked, s.dtype), ceiling(plain.channels, tile_side), step / tile_side,
+         step},
+        {plain.channels, looked.channels, s.transposed ? w.in : w.out, s.transposed ? w.out : w.in, w.row, w.column},
+        args.grad_weight, threads);
+}
+
+}  // namespace ganvas::cpu::avx512
