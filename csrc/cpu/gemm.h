@@ -71,6 +71,7 @@ struct Product {
     Index depth;                                // in words
     const float *row_scale{}, *column_scale{};  // of integers: what one in a row of a, or in a column of b, stands for
     Index row_scale_stride{};
+    const float* next{};  // where b's are too large for the cache: the one after this, which is fetched meanwhile
 };
 
 // Not inlined: registers are all the accumulators', whatever surrounds a call.
@@ -83,6 +84,12 @@ template <int rows, int vectors, Elements elements, bool accumulate>
 #pragma GCC unroll 4
     for (int i = 0; i < (rows + 2) / 3; ++i) a[i] = p.a + (row + 3 * i) * p.a_row;
     const float* b = p.b + column;
+    if (accumulate) {  // sums that others were made after, long ago perhaps
+#pragma GCC unroll 12
+        for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 4
+            for (int v = 0; v < vectors; ++v) __builtin_prefetch(p.c + (row + r) * p.c_row + column + v * lanes, 1);
+    }
     for (Index k = 0; k < p.depth; ++k, b += p.b_depth) {
         typename W::Values right[vectors];
 #pragma GCC unroll 4
@@ -125,8 +132,14 @@ inline void product_rest(const Product& p, Index rest, Index row, Index column) 
 template <int vectors, Elements elements, bool accumulate>
 inline void product_column(const Product& p, Index rows, Index column) {
     constexpr int whole = tile_rows<vectors>;
+    constexpr Index line = 64 / sizeof(float);
+    const Index part = p.next ? ceiling(p.depth * p.b_depth / line, larger(1, rows / whole)) * line : 0;
+    const float* next = p.next;
     Index row = 0;
-    for (; row + whole <= rows; row += whole) product_tile<whole, vectors, elements, accumulate>(p, row, column);
+    for (; row + whole <= rows; row += whole) {
+        for (const float* const end = next + part; next < end; next += line) __builtin_prefetch(next, 0, 2);
+        product_tile<whole, vectors, elements, accumulate>(p, row, column);
+    }
     if (row < rows) product_rest<whole - 1, vectors, elements, accumulate>(p, rows - row, row, column);
 }
 
@@ -151,9 +164,11 @@ inline void product_slice(const Product& p, Index rows, Index columns) {
 template <Elements elements, bool accumulate>
 inline void product(Product p, Index rows, Index columns, Index slice) {
     const Index depth = p.depth;
+    const float* const next = p.next;
     Index k = 0;
     do {
         p.depth = smaller(slice, depth - k);
+        if (next) p.next = k + slice < depth ? p.b + p.depth * p.b_depth : next;
         accumulate || k > 0 ? product_slice<elements, true>(p, rows, columns)
                             : product_slice<elements, false>(p, rows, columns);
         p.a += p.depth * p.a_depth;

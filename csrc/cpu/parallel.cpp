@@ -70,6 +70,17 @@ std::int64_t cache_bytes() {
     return bytes;
 }
 
+std::int64_t core_cache_bytes() {
+    static const std::int64_t bytes = [] {
+        std::int64_t found = 0;
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+        found = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#endif
+        return std::max<std::int64_t>(found, 512 << 10);
+    }();
+    return bytes;
+}
+
 void expect_first_touch(void* begin, std::int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
     if (bytes < 2 * large_page) return;

@@ -28,6 +28,9 @@ class Shares {
 // Memory traffic above this many bytes goes past the cache: nothing of it would still be there when it is read again.
 std::int64_t cache_bytes();
 
+// Of the cache that a core has for itself, the second level.
+std::int64_t core_cache_bytes();
+
 // Asks for 2 MiB pages under a result that is about to be written, perhaps for the first time: the C library gives
 // large blocks back to the system when they are freed, and with 4 KiB pages the faults cost several times what writing
 // costs.

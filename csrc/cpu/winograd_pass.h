@@ -17,7 +17,8 @@ namespace ganvas::cpu::GANVAS_ISA {
 
 constexpr Index channel_slice = 64;             // terms of a sum that are added up in one chain
 constexpr Index block_columns = 64;             // output channels of a block
-constexpr Index block_input_bytes = 384 << 10;  // of the transformed input of a block
+constexpr Index block_input_bytes = 384 << 10;  // of the transformed input of a block, or sixteenths of a core's cache
+constexpr Index block_input_share = 9;
 constexpr Index block_tiles_least = 16;
 constexpr Index block_tiles_most = 48;
 constexpr Index integer_columns_least = 16;    // output channels: below, rounding the input costs more than it saves
@@ -86,9 +87,10 @@ struct Parts {
 };
 
 // M[f] = V[f]·U[f], or M[f] += if k > 0, for tiles `rows`, `depth` words of each from k on, and `width` columns.
+// `next` is the part of U after this one, or null.
 template <int taps, int step, bool integers>
 inline void multiply(const Left<taps, step, integers>& v, const Transformed& m, Index f, Span rows, Index k,
-                     Index depth, const float* u, const float* scales, Index width, Index column) {
+                     Index depth, const float* u, const float* next, const float* scales, Index width, Index column) {
     const Index count = rows.last - rows.first;
     const Product p{v.words.at(rows.first, k) + f * v.words.frequency,
                     v.words.width,
@@ -100,7 +102,8 @@ inline void multiply(const Left<taps, step, integers>& v, const Transformed& m, 
                     depth,
                     v.scales + rows.first * v.scale_stride + f,
                     scales,
-                    v.scale_stride};
+                    v.scale_stride,
+                    next};
     constexpr Index slice = integers ? integer_slice : channel_slice;
     k > 0 ? product<elements_of<integers>, true>(p, count, width, slice)
           : product<elements_of<integers>, false>(p, count, width, slice);
@@ -124,6 +127,7 @@ void run_blocks(const Pass& pass, const Tiles& tiles, const Blocks& blocks, int 
     const std::size_t sum_bytes = Parts::bytes(pass, blocks);
     const std::size_t u_bytes = u.bytes() + u.scale_bytes();
     const bool shares_weight = u_bytes > own_weight_bytes;
+    const bool fetches = static_cast<std::int64_t>(u_bytes) > core_cache_bytes() / 2;
     const std::size_t room = v.bytes() + v.scratch_bytes() + Workspace::padded(m.bytes());
     Workspace workspace((shares_weight ? u_bytes : 0) + Workspace::padded(sum_bytes));
     const ThreadWorkspaces scratch(room + (shares_weight ? 0 : u_bytes), threads);
@@ -175,6 +179,7 @@ void run_blocks(const Pass& pass, const Tiles& tiles, const Blocks& blocks, int 
                     for (Index panel = from; panel < until; panel += tile_columns)
                         for (Index k = 0; k < u.words; k += v.words.width)
                             multiply(v, m, f, rows, k, smaller(v.words.width, u.words - k), u.at(number, f, panel, k),
+                                     fetches && f + 1 < frequencies ? u.at(number, f + 1, panel, k) : nullptr,
                                      u.scales_at(number, f, panel), u.width(panel), panel - from);
                 }
                 write(to, phase.pixel, order, first, last, from, smaller(until, to.channels), m,
@@ -249,7 +254,7 @@ void run_waves(const Pass& pass, const Tiles& tiles, const Blocks& blocks, int t
                     const Index end = smaller(u.words, k + left.words.width);
                     u.fill(number, phase.weight, panel, k, end, piece, u_frequency);
                     for (Index f = 0; f < frequencies; ++f)
-                        multiply(left, m, f, needing<taps>(order, f), k, end - k, piece + f * u_frequency,
+                        multiply(left, m, f, needing<taps>(order, f), k, end - k, piece + f * u_frequency, nullptr,
                                  u.scales_at(number, f, panel), u.width(panel), 0);
                 }
                 for (Index b = block; b < block_end; ++b)
@@ -273,7 +278,8 @@ void run(const Pass& pass, Index images, int threads, Finish finish) {
         return run_waves<taps, step, integers>(pass, tiles, Blocks(tiles, pass.groups, block_tiles_most), threads,
                                                finish);
     // Small maps: enough blocks that each thread gets some, before the tiles become too few for the products.
-    const Index cached = clamped(block_input_bytes / (frequencies * 4 * depth), block_tiles_least, block_tiles_most);
+    const Index input_bytes = larger(block_input_bytes, core_cache_bytes() / 16 * block_input_share);
+    const Index cached = clamped(input_bytes / (frequencies * 4 * depth), block_tiles_least, block_tiles_most);
     const Index target =
         larger(block_tiles_least, smaller(cached, ceiling(tiles.count * pass.walk.phase_count, 2 * threads)));
     run_blocks<taps, step, integers>(pass, tiles, Blocks(tiles, pass.groups, target), threads, finish);

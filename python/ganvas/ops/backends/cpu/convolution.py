@@ -101,7 +101,7 @@ def _fastest(
     if not tuning.applies(threads):
         return next(iter(makes)) if _is_wide(weight) else None
     if _multiplications(geometry, weight, input) < _LEAST_MULTIPLICATIONS:
-        family = next(reversed(makes))
+        family = list(makes)[-1]
         return family if family != "winograd" and _is_wide(weight) else None
     shape = _representative(geometry, weight, input, threads)
     batch, channels, height, width = shape
