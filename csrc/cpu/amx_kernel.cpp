@@ -31,6 +31,7 @@ constexpr Index right_bytes = 36 << 10;           // of a weight's tiles that st
 constexpr Index part_bytes = 384 << 10;           // of the copies that a thread makes at a time
 constexpr Index gradient_part_bytes = 768 << 10;  // the same for the weight's gradient
 constexpr Index gradient_bytes = 1 << 20;         // of a weight's gradient that a thread adds up by itself
+constexpr Index piece_tiles_least = 8;            // of one side of a piece of a weight's gradient
 constexpr Index turn_tiles = 8;                   // of pixels that the taps of a row are multiplied with in turn
 constexpr Index together_bytes = 256;             // lines so far apart, and multiples, fall on few sets of a cache
 
@@ -234,10 +235,10 @@ struct Reader {
 };
 
 // Calls emit(row, pixels) with each of `rows` rows of a plane, x.pitch pixels of `step` numbers, which are copied to
-// row_of(row).
+// row_of(row); of channels [channel, channel + channels).
 template <class RowOf, class Emit>
-void copy_plane(const Meeting& m, const Reader& read, Index part, Index plane, Index rows, Index step, RowOf row_of,
-                Emit emit) {
+void copy_plane(const Meeting& m, const Reader& read, Index part, Index plane, Index rows, Index channel,
+                Index channels, Index step, RowOf row_of, Emit emit) {
     const Index plane_y = plane / m.x.planes, plane_x = plane % m.x.planes;
     const Index height = m.y.plane_length(plane_y), width = m.x.plane_length(plane_x);
     const Index count = m.images_of(part), first = m.image(part);
@@ -247,7 +248,7 @@ void copy_plane(const Meeting& m, const Reader& read, Index part, Index plane, I
         Number* const to = row_of(row);
         const Index inside = y >= 0 && y < height ? width : 0;
         if (inside)
-            read(first + nth, y * m.y.planes + plane_y, plane_x, m.x.planes, inside, 0, read.source.channels, to, step);
+            read(first + nth, y * m.y.planes + plane_y, plane_x, m.x.planes, inside, channel, channels, to, step);
         zero_numbers(to + inside * step, (m.x.pitch - inside) * step);
         emit(row, to);
     }
@@ -464,7 +465,7 @@ void run(const Pass& pass, Dtype dtype, Output kind, int threads, Finish finish)
                 Number* const copy = reinterpret_cast<Number*>(copies + plane * pass.plane_bytes());
                 zero_numbers(copy, m.x.lead * pass.step);
                 copy_plane(
-                    m, pass.read, part, plane, rows, pass.step,
+                    m, pass.read, part, plane, rows, 0, pass.read.source.channels, pass.step,
                     [&](Index row) { return copy + (m.x.lead + row * m.x.pitch) * pass.step; },
                     [](Index, const Number*) {});
             }
@@ -487,14 +488,34 @@ void run(const ConvolutionShape& s, const Source& from, Destination to, bool gat
     run({meeting, Reader(from, s.dtype), to, weight, values, place, step / tile_depth}, s.dtype, kind, threads, finish);
 }
 
-// The factors of a part's products in the weight's gradient, and what they add up to.
+// How the weight's gradient is cut, in tiles: rows are channels of the plain map, columns those of the other. What is
+// added up together stays in the cache, and of either map the channels that it takes are copied.
+struct GradientCut {
+    Index row_tiles, column_tiles;
+    Index rows, columns;  // of a piece
+    Index row_splits, column_splits;
+
+    GradientCut(Index row_tiles, Index column_tiles, Index taps) : row_tiles(row_tiles), column_tiles(column_tiles) {
+        const Index pieces = ceiling(row_tiles * column_tiles * taps * tile_words * 4, gradient_bytes);
+        cut(column_tiles, pieces, columns, column_splits);
+        cut(row_tiles, ceiling(pieces, column_splits), rows, row_splits);
+    }
+    Index pieces() const { return row_splits * column_splits; }
+    Index tile(Index tap, Index row) const { return (tap * row_tiles + row) * column_tiles * tile_words; }
+
+  private:
+    static void cut(Index tiles, Index splits, Index& piece, Index& count) {
+        piece = multiple(ceiling(tiles, clamped(splits, 1, ceiling(tiles, piece_tiles_least))), 2);
+        count = ceiling(tiles, piece);
+    }
+};
+
 struct GradientPass {
     const Meeting& meeting;
+    const GradientCut& cut;
     Reader plain, looked;
-    Index row_tiles, column_tiles;
-    Index step;  // words from place to place of the looked-at map
 
-    Index tile(Index tap, Index row) const { return (tap * row_tiles + row) * column_tiles * tile_words; }
+    Index step() const { return smaller(cut.columns, cut.column_tiles) * tile_side; }  // words from place to place
 };
 
 // Pixels of rows [first, last) of tiles of the plain map's channels, at `length` places, turned: [row][k], tiles.
@@ -550,64 +571,68 @@ void pair_pixels(const Number* pixels, Index step, Index count, Index tiles, flo
     }
 }
 
-// The looked-at map's planes in pairs of pixels, that of place p at words[p + 1]. `pixels` has room for a row, and one
-// pixel more.
-void pair_looked(const GradientPass& pass, Index part, Index rows, Number* pixels, float* words, Index plane_words) {
+// Columns [first, last) of tiles of the looked-at map's planes in pairs of pixels, that of place p at words[p + 1].
+// `pixels` has room for a row, and one pixel more.
+void pair_looked(const GradientPass& pass, Index part, Index rows, Index first, Index last, Number* pixels,
+                 float* words, Index plane_words) {
     const Meeting& m = pass.meeting;
-    const Index step = multiple(pass.looked.source.channels, tile_depth), pitch = m.x.pitch;
+    const Index channel = first * tile_side;
+    const Index channels = smaller(last * tile_side, pass.looked.source.channels) - channel;
+    const Index step = multiple(channels, tile_depth), words_step = pass.step(), pitch = m.x.pitch;
     for (Index plane = 0; plane < m.planes(); ++plane) {
         float* to = words + plane * plane_words;
-        float* const end = to + (m.places(rows) + 1) * pass.step;
-        __builtin_memset(to, 0, static_cast<std::size_t>(m.x.lead * pass.step) * sizeof(float));
-        to += m.x.lead * pass.step;
+        float* const end = to + (m.places(rows) + 1) * words_step;
+        __builtin_memset(to, 0, static_cast<std::size_t>(m.x.lead * words_step) * sizeof(float));
+        to += m.x.lead * words_step;
         zero_numbers(pixels, step);
         // Before a row's own pixels lies the last one of the row before: the first pair is of both.
         const auto pair = [&](Index count) {
-            pair_pixels(pixels, step, count, pass.column_tiles, to, pass.step);
+            pair_pixels(pixels, step, count, last - first, to, words_step);
             __builtin_memcpy(pixels, pixels + count * step, static_cast<std::size_t>(step) * sizeof(Number));
-            to += count * pass.step;
+            to += count * words_step;
         };
         copy_plane(
-            m, pass.looked, part, plane, rows, step, [&](Index) { return pixels + step; },
+            m, pass.looked, part, plane, rows, channel, channels, step, [&](Index) { return pixels + step; },
             [&](Index, const Number*) { pair(pitch); });
         while (to < end) {
-            const Index count = smaller(pitch, (end - to) / pass.step);
+            const Index count = smaller(pitch, (end - to) / words_step);
             zero_numbers(pixels + step, count * step);
             pair(count);
         }
     }
 }
 
-// Adds rows [first, last) of tiles of a part's gradient; `begins`: the sums are the first.
-void add_gradient(const GradientPass& pass, Index part, Index first, Index last, bool begins, const Tap* taps,
+// Adds to rows and columns of tiles what they are for a part; `begins`: the sums are the first.
+void add_gradient(const GradientPass& pass, Index part, Span all_rows, Span all_columns, bool begins, const Tap* taps,
                   const float* words, Index plane_words, const float* turned, float* gradient) {
     constexpr Index tile_bytes = pair_bytes / 2;
     const Meeting& m = pass.meeting;
-    const Index depth = ceiling(m.length(part, 0, 0), tile_depth), next_row = pass.column_tiles * tile_words;
-    const Index place_bytes = pass.step * static_cast<Index>(sizeof(float));
+    const Index depth = ceiling(m.length(part, 0, 0), tile_depth), next_row = pass.cut.column_tiles * tile_words;
+    const Index step = pass.step(), place_bytes = step * static_cast<Index>(sizeof(float));
     // Taps of one row of the kernel read the same lines: they take turns at a few pixels.
     const Index turn = m.x.size > 1 ? turn_tiles : depth;
     const auto add = [&]<int rows, int columns>(Index row, Index column) {
-        const char* const left = reinterpret_cast<const char*>(turned + (row - first) * depth * tile_words);
+        const char* const left = reinterpret_cast<const char*>(turned + (row - all_rows.first) * depth * tile_words);
         for (Index begin = 0; begin < m.tap_count(); begin += m.x.size)
             for (Index k = 0; k < depth; k += turn)
                 for (Index tap = begin; tap < begin + m.x.size; ++tap) {
-                    float* const sums = gradient + pass.tile(tap, row) + column * tile_words;
+                    float* const sums = gradient + pass.cut.tile(tap, row) + column * tile_words;
                     const auto at = [&](int i, int j) { return sums + i * next_row + j * tile_words; };
                     each_sum<rows, columns>([&]<int tile>(int i, int j) {
                         begins&& k == 0 ? zero_tile<tile>() : load_tile<tile>(at(i, j), 64);
                     });
                     const float* const right = words + taps[tap].plane * plane_words +
-                                               (taps[tap].place + 1 + k * tile_depth) * pass.step + column * tile_side;
+                                               (taps[tap].place + 1 + k * tile_depth) * step +
+                                               (column - all_columns.first) * tile_side;
                     add_tile_products<rows, columns>(left + k * tile_bytes, 64, depth * tile_bytes, tile_bytes,
                                                      reinterpret_cast<const char*>(right), 2 * place_bytes, 64,
                                                      tile_depth * place_bytes, smaller(turn, depth - k));
                     each_sum<rows, columns>([&]<int tile>(int i, int j) { store_tile<tile>(at(i, j), 64); });
                 }
     };
-    for (Index column = 0; column < pass.column_tiles; column += 2)
-        for (Index row = first; row < last; row += 2) {
-            const bool two_rows = row + 1 < last, two_columns = column + 1 < pass.column_tiles;
+    for (Index column = all_columns.first; column < all_columns.last; column += 2)
+        for (Index row = all_rows.first; row < all_rows.last; row += 2) {
+            const bool two_rows = row + 1 < all_rows.last, two_columns = column + 1 < all_columns.last;
             if (two_rows && two_columns) add.template operator()<2, 2>(row, column);
             if (two_rows && !two_columns) add.template operator()<2, 1>(row, column);
             if (!two_rows && two_columns) add.template operator()<1, 2>(row, column);
@@ -627,23 +652,25 @@ void join_shares(const Taps& w, float* tap, Index row, Index column, const float
                   smaller(lanes, w.columns - column), sums);
 }
 
-// Threads add up shares of the parts, and of a large gradient some of its rows, which are the channels of the plain
-// map.
+// Shares of the parts, so that with the pieces of the gradient threads have the same to do.
+Index shares_of(Index pieces, Index parts, Index threads) {
+    Index shares = 1;
+    while (pieces * shares % threads != 0 && pieces * shares < 4 * threads && shares < smaller(parts, threads))
+        ++shares;
+    return shares;
+}
+
 void weight_gradient(const GradientPass& pass, const Taps& w, float* grad_weight, int threads) {
     const Meeting& m = pass.meeting;
-    const Index gradient_words = pass.tile(m.tap_count(), 0);
-    const Index splits = clamped(gradient_words * static_cast<Index>(sizeof(float)) / gradient_bytes, 1,
-                                 smaller(threads, ceiling(pass.row_tiles, 2)));
-    const Index split = multiple(ceiling(pass.row_tiles, splits), 2);
-    const Index shares = clamped(threads / splits, 1, m.count);
+    const GradientCut& cut = pass.cut;
+    const Index gradient_words = cut.tile(m.tap_count(), 0), shares = shares_of(cut.pieces(), m.count, threads);
 
-    const Index plane_words = (m.most_places() + 1) * pass.step;
+    const Index plane_words = (m.most_places() + 1) * pass.step();
     const Index most_depth = ceiling(m.most_places(), tile_depth);
-    const Index plain_step = multiple(pass.plain.source.channels, tile_depth);
-    const Index looked_step = multiple(pass.looked.source.channels, tile_depth);
     const std::size_t word_bytes = floats(m.planes() * plane_words);
-    const std::size_t turned_bytes = floats(smaller(split, pass.row_tiles) * most_depth * tile_words);
-    const std::size_t pixel_bytes = floats(larger(tile_depth * plain_step, (m.x.pitch + 1) * looked_step) / 2);
+    const std::size_t turned_bytes = floats(cut.rows * most_depth * tile_words);
+    const std::size_t pixel_bytes =
+        floats(larger(tile_depth * cut.rows, (m.x.pitch + 1) * multiple(cut.columns, 2)) * tile_side / 2);
     const std::size_t all_bytes = floats(shares * gradient_words);
     const std::size_t tap_bytes = Workspace::padded(static_cast<std::size_t>(m.tap_count()) * sizeof(Tap));
     Workspace workspace(all_bytes + tap_bytes);
@@ -660,23 +687,25 @@ void weight_gradient(const GradientPass& pass, const Taps& w, float* grad_weight
         Number* const pixels = reinterpret_cast<Number*>(mine + word_bytes + turned_bytes);
         const Tiles tiles;
 #pragma omp for schedule(static)
-        for (Index item = 0; item < shares * splits; ++item) {
-            const Index share = item / splits, first = item % splits * split;
-            const Index last = smaller(first + split, pass.row_tiles);
+        for (Index item = 0; item < shares * cut.pieces(); ++item) {
+            const Index share = item / cut.pieces(), piece = item % cut.pieces();
+            const Index row = piece / cut.column_splits * cut.rows, column = piece % cut.column_splits * cut.columns;
+            const Span rows{row, smaller(row + cut.rows, cut.row_tiles)};
+            const Span columns{column, smaller(column + cut.columns, cut.column_tiles)};
             const Index begin = m.count * share / shares, end = m.count * (share + 1) / shares;
-            for (Index part = begin; part < end && first < last; ++part) {
-                pair_looked(pass, part, m.rows(m.images_of(part), m.bottom(part, 0) - m.top(part)), pixels, words,
-                            plane_words);
-                turn_plain(pass, part, m.length(part, 0, 0), first, last, pixels, turned);
-                add_gradient(pass, part, first, last, part == begin, taps, words, plane_words, turned,
+            for (Index part = begin; part < end; ++part) {
+                pair_looked(pass, part, m.rows(m.images_of(part), m.bottom(part, 0) - m.top(part)), columns.first,
+                            columns.last, pixels, words, plane_words);
+                turn_plain(pass, part, m.length(part, 0, 0), rows.first, rows.last, pixels, turned);
+                add_gradient(pass, part, rows, columns, part == begin, taps, words, plane_words, turned,
                              gradient + share * gradient_words);
             }
         }
-        const Index grid = pass.row_tiles * pass.column_tiles;
+        const Index grid = cut.row_tiles * cut.column_tiles;
 #pragma omp for schedule(static)
         for (Index item = 0; item < m.tap_count() * grid; ++item)
-            join_shares(w, grad_weight + taps[item / grid].offset, item % grid / pass.column_tiles * tile_side,
-                        item % pass.column_tiles * tile_side, gradient + item * tile_words, shares, gradient_words);
+            join_shares(w, grad_weight + taps[item / grid].offset, item % grid / cut.column_tiles * tile_side,
+                        item % cut.column_tiles * tile_side, gradient + item * tile_words, shares, gradient_words);
     }
 }
 
@@ -717,13 +746,13 @@ void amx_backward_weight(const ConvolutionBackwardWeight& args, int threads) {
     const Source grad_output{written(args.grad_output), s.out_height, s.out_width, s.out_channels, images};
     const Source& plain = s.transposed ? input : grad_output;
     const Source& looked = s.transposed ? grad_output : input;
-    const Index step = multiple(looked.channels, tile_side);
+    const GradientCut cut(ceiling(plain.channels, tile_side), ceiling(looked.channels, tile_side),
+                          s.rows.size * s.columns.size);
     const Meeting meeting(Axis(s.rows, true, looked.height, plain.height),
                           Axis(s.columns, true, looked.width, plain.width), s.batch, s.groups,
-                          4 * step + 2 * plain.channels, gradient_part_bytes, threads);
+                          (4 * cut.columns + 2 * cut.rows) * tile_side, gradient_part_bytes, threads);
     weight_gradient(
-        {meeting, Reader(plain, s.dtype), Reader(looked, s.dtype), ceiling(plain.channels, tile_side), step / tile_side,
-         step},
+        {meeting, cut, Reader(plain, s.dtype), Reader(looked, s.dtype)},
         {plain.channels, looked.channels, s.transposed ? w.in : w.out, s.transposed ? w.out : w.in, w.row, w.column},
         args.grad_weight, threads);
 }
