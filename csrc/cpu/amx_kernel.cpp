@@ -6,9 +6,9 @@
 // follow each other with no more between them than the zeros that the end of one and the beginning of the next have in
 // common; so do images. Places are counted in one line, and what comes out between two rows is left aside.
 //
-// With a stride s, every s-th pixel makes a plane of its own. A convolution reads s×s planes of its input; the gradient
-// that it gives back has s×s phases, each of which meets some of the taps and reads one plane. Transposed convolutions
-// are the same with maps exchanged.
+// With a stride s, every s-th pixel makes a plane of its own. A convolution reads up to s×s planes of its input; the
+// gradient that it gives back has s×s phases, each of which meets some of the taps and reads one plane. Transposed
+// convolutions are the same with maps exchanged.
 //
 //   backward_weight   dw[tap][m][n] = Σ_q P[q][m]·L[q + tap][n], with P the map of one plane, turned so that pixels lie
 //                     side by side, and L the other in pairs of pixels, of which one begins at each place
@@ -46,7 +46,9 @@ struct Axis {
     bool gathers;    // the other map's pixels read windows; else they are what windows are added up to
     Index from, to;  // lengths
     Index size, stride, padding, dilation;
-    Index planes, phases;
+    Index step, phases;         // from pixel to pixel of a plane; of the map that is written
+    Index planes = 1;           // that taps meet
+    Index length = 0;           // of the longest
     Index lead = 0, reach = 0;  // zeros before a plane's first pixel, and the furthest shift
     Index pitch = 0;            // places from one row, or image, to the next
 
@@ -58,9 +60,11 @@ struct Axis {
           stride(kernel.stride),
           padding(kernel.padding),
           dilation(kernel.dilation),
-          planes(gathers ? stride : 1),
+          step(gathers ? stride : 1),
           phases(gathers ? 1 : stride) {
-        Index end = plane_length(0);
+        while (planes < smaller(size, step) && first(planes) != first(0)) ++planes;
+        for (Index plane = 0; plane < planes; ++plane) length = larger(length, plane_length(plane));
+        Index end = length;
         for (Index phase = 0; phase < phases; ++phase)
             for (Index tap = 0; tap < size; ++tap) {
                 if (!meets(phase, tap)) continue;
@@ -68,13 +72,15 @@ struct Axis {
                 reach = larger(reach, shift(phase, tap));
                 end = larger(end, phase_length(phase) + shift(phase, tap));
             }
-        pitch = larger(phase_length(0), larger(plane_length(0) + lead, end));
+        pitch = larger(phase_length(0), larger(length + lead, end));
     }
-    Index plane_length(Index plane) const { return ceiling(larger(0, from - plane), planes); }
+    // The first pixel of a plane, and how many it has.
+    Index first(Index plane) const { return gathers ? modulo(offset(0, plane)) : 0; }
+    Index plane_length(Index plane) const { return ceiling(larger(0, from - first(plane)), step); }
     Index phase_length(Index phase) const { return ceiling(larger(0, to - phase), phases); }
     bool meets(Index phase, Index tap) const { return gathers || modulo(offset(phase, tap)) == 0; }
     // Pixel m of the phase meets pixel m + shift of the plane.
-    Index plane(Index phase, Index tap) const { return gathers ? modulo(offset(phase, tap)) : 0; }
+    Index plane(Index tap) const { return tap % planes; }
     Index shift(Index phase, Index tap) const {
         const Index o = offset(phase, tap);
         return (o - modulo(o)) / stride;
@@ -159,7 +165,7 @@ struct Meeting {
         for (Index ty = 0; ty < y.size; ++ty)
             for (Index tx = 0; tx < x.size; ++tx)
                 if (y.meets(phase_y, ty) && x.meets(phase_x, tx))
-                    taps[count++] = {y.plane(phase_y, ty) * x.planes + x.plane(phase_x, tx),
+                    taps[count++] = {y.plane(ty) * x.planes + x.plane(tx),
                                      (y.lead + y.shift(phase_y, ty)) * x.pitch + x.lead + x.shift(phase_x, tx),
                                      ty * kernel_row + tx * kernel_column};
         return count;
@@ -248,7 +254,8 @@ void copy_plane(const Meeting& m, const Reader& read, Index part, Index plane, I
         Number* const to = row_of(row);
         const Index inside = y >= 0 && y < height ? width : 0;
         if (inside)
-            read(first + nth, y * m.y.planes + plane_y, plane_x, m.x.planes, inside, channel, channels, to, step);
+            read(first + nth, y * m.y.step + m.y.first(plane_y), m.x.first(plane_x), m.x.step, inside, channel,
+                 channels, to, step);
         zero_numbers(to + inside * step, (m.x.pitch - inside) * step);
         emit(row, to);
     }
@@ -397,28 +404,6 @@ void write_pair(const Pass& pass, const Phases& phases, Index part, Index pair, 
 using WritePair = void (*)(const Pass&, const Phases&, Index part, Index pair, const char* copies, float* products,
                            double* sums);
 
-template <class T>
-WritePair write_of(Output kind) {
-    switch (kind) {
-        case Output::added:
-            return write_pair<T, Output::added>;
-        case Output::statistics:
-            return write_pair<T, Output::statistics>;
-        case Output::activation_statistics:
-            return write_pair<T, Output::activation_statistics>;
-        case Output::activated:
-            return write_pair<T, Output::activated>;
-        case Output::activated_first:
-            return write_pair<T, Output::activated_first>;
-        case Output::affine_kink:
-            return write_pair<T, Output::affine_kink>;
-        case Output::kink_affine:
-            return write_pair<T, Output::kink_affine>;
-        default:
-            return write_pair<T, Output::plain>;
-    }
-}
-
 // Each thread takes a part, and where parts are few some of the columns, through copy, products and output. The weight
 // is made first and shared. Then finish(sums, group, begin, end) is called for slices of the channels.
 template <class Finish>
@@ -437,7 +422,8 @@ void run(const Pass& pass, Dtype dtype, Output kind, int threads, Finish finish)
     const Phases phases{static_cast<Tap*>(workspace.take(tap_bytes)), static_cast<Index*>(workspace.take(first_bytes)),
                         static_cast<float*>(workspace.take(weight_bytes))};
     const PartSums<Meeting> sums{m, to.channels, static_cast<double*>(workspace.take(sum_bytes))};
-    const WritePair write = dtype == Dtype::float32 ? write_of<float>(kind) : write_of<bfloat16>(kind);
+    const WritePair write =
+        for_output(dtype, kind, []<class T, Output of>() -> WritePair { return write_pair<T, of>; });
     phases.first[0] = 0;
     for (Index phase = 0; phase < phase_count; ++phase)
         phases.first[phase + 1] =

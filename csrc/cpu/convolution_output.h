@@ -74,6 +74,32 @@ enum class Output {
     kink_affine
 };
 
+// make<T, kind>() of the type of the pixels, and the output.
+template <class Make>
+auto for_output(Dtype dtype, Output kind, Make make) {
+    const auto of_type = [&]<class T>() {
+        switch (kind) {
+            case Output::added:
+                return make.template operator()<T, Output::added>();
+            case Output::statistics:
+                return make.template operator()<T, Output::statistics>();
+            case Output::activation_statistics:
+                return make.template operator()<T, Output::activation_statistics>();
+            case Output::activated:
+                return make.template operator()<T, Output::activated>();
+            case Output::activated_first:
+                return make.template operator()<T, Output::activated_first>();
+            case Output::affine_kink:
+                return make.template operator()<T, Output::affine_kink>();
+            case Output::kink_affine:
+                return make.template operator()<T, Output::kink_affine>();
+            default:
+                return make.template operator()<T, Output::plain>();
+        }
+    };
+    return dtype == Dtype::float32 ? of_type.template operator()<float>() : of_type.template operator()<bfloat16>();
+}
+
 // Where results go: [images, height, width, channels]. Of each phase, pixels step*m + phase, the tiles are those of a
 // map of its own.
 struct Destination {

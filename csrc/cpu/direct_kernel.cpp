@@ -245,28 +245,6 @@ void write_rows(const Destination& to, Index group, Index first, Index count, In
 using WriteRows = void (*)(const Destination&, Index group, Index first, Index count, Index begin, Index end,
                            const float* products, Index products_row, double* sums);
 
-template <class T>
-WriteRows write_of(Output kind) {
-    switch (kind) {
-        case Output::added:
-            return write_rows<T, Output::added>;
-        case Output::statistics:
-            return write_rows<T, Output::statistics>;
-        case Output::activation_statistics:
-            return write_rows<T, Output::activation_statistics>;
-        case Output::activated:
-            return write_rows<T, Output::activated>;
-        case Output::activated_first:
-            return write_rows<T, Output::activated_first>;
-        case Output::affine_kink:
-            return write_rows<T, Output::affine_kink>;
-        case Output::kink_affine:
-            return write_rows<T, Output::kink_affine>;
-        default:
-            return write_rows<T, Output::plain>;
-    }
-}
-
 // A pass from one map to another.
 struct Pass {
     Windowed from;  // scattered: the plain map, a window for each of its pixels
@@ -276,7 +254,9 @@ struct Pass {
     Dtype dtype;
     Output kind;
 
-    WriteRows write() const { return dtype == Dtype::float32 ? write_of<float>(kind) : write_of<bfloat16>(kind); }
+    WriteRows write() const {
+        return for_output(dtype, kind, []<class T, Output of>() -> WriteRows { return write_rows<T, of>; });
+    }
 };
 
 // A hint: pixels that a thread is about to multiply as they lie in memory, where no stretch is long enough for the

@@ -126,31 +126,9 @@ void write_block(const Destination& to, Pixel phase, const Order& order, Index f
 using WriteBlock = void (*)(const Destination&, Pixel phase, const Order&, Index first_segment, Index last_segment,
                             Index begin, Index end, const Transformed&, double* sums);
 
-template <class T, int taps>
-WriteBlock write_of(Output kind) {
-    switch (kind) {
-        case Output::added:
-            return write_block<T, taps, Output::added>;
-        case Output::statistics:
-            return write_block<T, taps, Output::statistics>;
-        case Output::activation_statistics:
-            return write_block<T, taps, Output::activation_statistics>;
-        case Output::activated:
-            return write_block<T, taps, Output::activated>;
-        case Output::activated_first:
-            return write_block<T, taps, Output::activated_first>;
-        case Output::affine_kink:
-            return write_block<T, taps, Output::affine_kink>;
-        case Output::kink_affine:
-            return write_block<T, taps, Output::kink_affine>;
-        default:
-            return write_block<T, taps, Output::plain>;
-    }
-}
-
 template <int taps>
 WriteBlock write_of(Dtype dtype, Output kind) {
-    return dtype == Dtype::float32 ? write_of<float, taps>(kind) : write_of<bfloat16, taps>(kind);
+    return for_output(dtype, kind, []<class T, Output of>() -> WriteBlock { return write_block<T, taps, of>; });
 }
 
 }  // namespace ganvas::cpu::GANVAS_ISA

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +227,11 @@ def test_awkward_shapes_are_as_accurate_as_torch(accuracy, name):
     compare_with_torch(accuracy, AWKWARD[name])
 
 
+@pytest.mark.parametrize("name", AWKWARD)
+def test_awkward_shapes_of_bfloat16_are_as_accurate_as_torch(accuracy, name):
+    compare_with_torch(accuracy, replace(AWKWARD[name], dtype=torch.bfloat16))
+
+
 @with_lesser_instruction_sets
 def test_lesser_instruction_sets_pass_the_same_tests(isa):
     passes(__file__, isa, "-k", "awkward or not_finite")
@@ -238,6 +243,23 @@ SEVERAL_THREADS = {
     "channels to share": Case(images=1, in_channels=640, out_channels=500, height=8, width=8, pending="kink_affine"),
     "bfloat16": Case(images=4, in_channels=70, out_channels=48, height=23, width=30, dtype=torch.bfloat16),
     "stride 2": Case(images=3, in_channels=48, out_channels=80, height=44, width=38, groups=2, geometry=STRIDE_2),
+    "images to share in bfloat16": Case(
+        images=21, in_channels=36, out_channels=40, height=6, width=5, groups=2, dtype=torch.bfloat16, **SAME_3X3
+    ),
+    "a large gradient in bfloat16": Case(
+        images=3, in_channels=290, out_channels=330, height=8, dtype=torch.bfloat16, **SAME_3X3
+    ),
+    "four phases in bfloat16": Case(
+        images=7,
+        in_channels=70,
+        out_channels=50,
+        height=9,
+        width=11,
+        groups=2,
+        kernel=(4, 4),
+        geometry=Geometry(stride=(2, 2), padding=(1, 1), transposed=True),
+        dtype=torch.bfloat16,
+    ),
 }
 
 

@@ -162,6 +162,18 @@ def test_direct_products_are_measured_beside_winograds_only_where_they_have_a_ch
     assert measured == [["winograd", ""], ["winograd", "direct", ""], ["winograd", "direct", ""]]
 
 
+def test_where_the_processor_has_tiles_coarse_products_are_of_them(monkeypatch):
+    measured: list[list[str]] = []
+    monkeypatch.setattr(tuning, "_time_in_turns", lambda ways: measured.append(list(ways)) or dict.fromkeys(ways, 1.0))
+    monkeypatch.setattr("ganvas._native.has_bfloat16_tiles", lambda: True)
+    shape = torch.Size((8, 32, 32, 32))
+    for dtype in (torch.bfloat16, torch.float32):
+        chosen_convolution(CONV3X3, torch.empty(32, 32, 3, 3), shape, dtype, "forward")
+    upsampled = Geometry(padding=(1, 1), upsampled=True)
+    chosen_convolution(upsampled, torch.empty(32, 32, 3, 3), shape, torch.bfloat16, "forward")
+    assert measured == [["tiles", ""], ["winograd", "direct", ""], ["tiles", ""]]
+
+
 def test_dtypes_and_numbers_of_threads_have_choices_of_their_own(clock):
     choice()
     choice(dtype=torch.bfloat16)
