@@ -97,7 +97,7 @@ def test_instruction_set_that_does_not_exist_is_said_before_anything_is_created(
         [*program, *args], env={**os.environ, "GANVAS_CPU_ISA": "sse9"}, cwd=tmp_path, capture_output=True, text=True
     )
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: GANVAS_CPU_ISA must be portable, avx2 or avx512; got 'sse9'\n"
+    assert done.stderr == "error: GANVAS_CPU_ISA must be portable, avx2, avx512 or amx; got 'sse9'\n"
     assert list(tmp_path.iterdir()) == []
 
 
