@@ -124,14 +124,19 @@ void run(Family family, const ConvolutionBackwardInput& args, int threads) {
     DISPATCH_FAMILY(backward_input(args, threads))
 }
 
-void run(Family family, const ConvolutionBackwardWeight& args,
-         int threads){DISPATCH_FAMILY(backward_weight(args, threads))}
+void run(Family family, const ConvolutionBackwardWeight& args, int threads) {
+    DISPATCH_FAMILY(backward_weight(args, threads))
+}
 #undef DISPATCH_FAMILY
 #undef DISPATCH_AMX
 
-// Products of tiles are so much faster than others that any convolution is best computed by its definition.
+constexpr std::int64_t tile_planes_most = 256;
+
+// Products of tiles are so much faster than others that any convolution is best computed by its definition, unless its
+// stride leaves but a few pixels to each plane.
 Family family_of(const Form& form, const ConvolutionShape& s) {
-    return s.integers && has_bfloat16_tiles() ? Family::amx : form.family;
+    const bool has_planes = s.rows.stride * s.columns.stride <= tile_planes_most;
+    return s.integers && has_planes && has_bfloat16_tiles() ? Family::amx : form.family;
 }
 
 void fold_weight(const FoldedWeight& args, int threads) {

@@ -217,6 +217,9 @@ AWKWARD = {
     ),
     "a kernel wider than the map": Case(height=2, width=3, kernel=(5, 7), geometry=Geometry(padding=(4, 5))),
     "strides past the kernel": Case(height=11, width=9, kernel=(2, 1), geometry=Geometry(stride=(3, 4))),
+    "a stride as long as the map": Case(
+        in_channels=5, out_channels=18, height=20, width=20, kernel=(20, 20), geometry=Geometry(stride=(20, 20))
+    ),
     "bfloat16 windows": Case(in_channels=22, out_channels=33, dtype=torch.bfloat16, groups=2, **SAME_3X3),
     "bfloat16 stem": Case(in_channels=3, out_channels=32, dtype=torch.bfloat16, pending="stored", **SAME_5X5),
 }
