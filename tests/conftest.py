@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -29,6 +30,18 @@ class Accuracy:
         floor = torch.finfo(ours.dtype).eps * (exact if terms is None else terms).norm()
         allowed = factor * torchs_error + floor
         assert error <= allowed, f"{name}: error {error:.2e}, torch's {torchs_error:.2e}, one rounding {floor:.2e}"
+
+    def check_running(
+        self, before: Sequence[Tensor], ours: Sequence[Tensor], torchs: Sequence[Tensor], exact: Sequence[Tensor],
+        groups: int,
+    ) -> None:  # fmt: skip
+        """Of running mean and variance, moved once for each group.
+
+        Each move is rounded, and a sum that may cancel: of the old value and what is added to it.
+        """
+        for i, name in enumerate(("running_mean", "running_var")):
+            updates = (exact[i].abs() + before[i].abs()) * groups
+            self.check(name, ours[i], exact[i], torchs[i], exact[i], 2.0, updates)
 
 
 @pytest.fixture

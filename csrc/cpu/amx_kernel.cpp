@@ -135,6 +135,7 @@ struct Meeting {
     }
 
     // Rows of a plane that are copied, and places up to the last that is read.
+    Index rows(Index part) const { return rows(images_of(part), bottom(part, 0) - top(part)); }
     Index rows(Index part_images, Index part_rows) const {
         return (part_images - 1) * y.pitch + part_rows + y.lead + y.reach;
     }
@@ -240,24 +241,24 @@ struct Reader {
     }
 };
 
-// Calls emit(row, pixels) with each of `rows` rows of a plane, x.pitch pixels of `step` numbers, which are copied to
-// row_of(row); of channels [channel, channel + channels).
-template <class RowOf, class Emit>
-void copy_plane(const Meeting& m, const Reader& read, Index part, Index plane, Index rows, Index channel,
-                Index channels, Index step, RowOf row_of, Emit emit) {
+// Copies each of a part's rows of a plane, x.pitch pixels of `step` numbers, to what next_row() returns, and calls
+// copied() after it; of channels [channel, channel + channels).
+template <class NextRow, class Copied>
+void copy_plane(const Meeting& m, const Reader& read, Index part, Index plane, Index channel, Index channels,
+                Index step, NextRow next_row, Copied copied) {
     const Index plane_y = plane / m.x.planes, plane_x = plane % m.x.planes;
     const Index height = m.y.plane_length(plane_y), width = m.x.plane_length(plane_x);
     const Index count = m.images_of(part), first = m.image(part);
-    for (Index row = 0; row < rows; ++row) {
+    for (Index row = 0; row < m.rows(part); ++row) {
         const Index nth = count == 1 ? 0 : smaller(row / m.y.pitch, count - 1);
         const Index y = m.top(part) + row - nth * m.y.pitch - m.y.lead;
-        Number* const to = row_of(row);
+        Number* const to = next_row();
         const Index inside = y >= 0 && y < height ? width : 0;
         if (inside)
             read(first + nth, y * m.y.step + m.y.first(plane_y), m.x.first(plane_x), m.x.step, inside, channel,
                  channels, to, step);
         zero_numbers(to + inside * step, (m.x.pitch - inside) * step);
-        emit(row, to);
+        copied();
     }
 }
 
@@ -342,11 +343,13 @@ void multiply(const Pass& pass, const Phases& phases, Index phase, Index pair, c
     }
 }
 
-// What is kept of the pixels of a part: two vectors of channels, from `begin` on.
+// What is kept of the pixels of a part, of channels [begin, end).
 struct PairSums {
-    Index begin, vectors;
-    Channels channels[2];
+    Index begin, end;
+    Channels channels[block / lanes];
     bool begun = false;
+
+    Index vectors() const { return ceiling(end - begin, lanes); }
 };
 
 // Stores the pixels among the places [place, place + count) of a phase.
@@ -360,26 +363,14 @@ void write_places(const Pass& pass, Index part, Index phase, Index place, Index 
     m.each_run(
         part, phase_y, phase_x, place, place + count, [&](Index image, Index row, Index column, Index at, Index run) {
             const float* const values = products + (at - place) * block;
-            if (!sums.begun) {
-                sums.begun = true;
-                for (Index i = 0; i < sums.vectors; ++i) {
-                    Channels& of = sums.channels[i];
-                    of = channels_of<kind>(to, m.group(part), sums.begin + i * lanes, to.channels);
-                    if (takes_statistics<kind>)  // deviations from a near mean: nothing cancels
-                        of.pivot = mean_of<kind>(values + i * lanes, block, smaller(run, 2 * run_rows), leaky, of.bias);
-                }
-            }
+            if (!sums.begun)
+                begin_channels<kind>(to, m.group(part), sums.begin, sums.end, values, block, run, leaky, sums.channels);
+            sums.begun = true;
             const Index position =
                 ((image * to.height + row * m.y.phases + phase_y) * to.width + column * m.x.phases + phase_x) *
                     to.channels +
                 sums.begin;
-            for (Index i = 0; i < run; i += run_rows)
-                for (Index v = 0; v < sums.vectors; ++v) {
-                    Channels& of = sums.channels[v];
-                    const auto write = of.count >= lanes ? write_run<T, kind, true> : write_run<T, kind, false>;
-                    write(to, position + i * step + v * lanes, step, smaller(run_rows, run - i),
-                          values + i * block + v * lanes, block, leaky, of);
-                }
+            write_runs<T, kind>(to, position, step, run, sums.vectors(), values, block, leaky, sums.channels);
         });
 }
 
@@ -388,16 +379,17 @@ template <class T, Output kind>
 void write_pair(const Pass& pass, const Phases& phases, Index part, Index pair, const char* copies, float* products,
                 double* sums_of_part) {
     const Meeting& m = pass.meeting;
-    PairSums sums{pair * block, smaller(2, ceiling(pass.to.channels - pair * block, lanes)), {}};
+    PairSums sums{pair * block, smaller((pair + 1) * block, pass.to.channels), {}};
     for (Index phase = 0; phase < m.y.phases * m.x.phases; ++phase) {
         const Index length = m.length(part, phase / m.x.phases, phase % m.x.phases);
         for (Index place = 0; place < length; place += chunk) {
             const Index count = smaller(chunk, length - place);
-            (sums.vectors == 2 ? multiply<2> : multiply<1>)(pass, phases, phase, pair, copies, place, count, products);
+            (sums.vectors() == 2 ? multiply<2> : multiply<1>)(pass, phases, phase, pair, copies, place, count,
+                                                              products);
             write_places<T, kind>(pass, part, phase, place, count, products, sums);
         }
     }
-    keep_sums<kind>(sums.channels, sums.vectors, sums.begin, m.last(part) - m.first(part), pass.to.channels,
+    keep_sums<kind>(sums.channels, sums.vectors(), sums.begin, m.last(part) - m.first(part), pass.to.channels,
                     sums_of_part);
 }
 
@@ -446,14 +438,13 @@ void run(const Pass& pass, Dtype dtype, Output kind, int threads, Finish finish)
 #pragma omp barrier
         for (Index item; (item = shares.take(thread)) >= 0;) {
             const Index part = item / splits, first = item % splits * split, last = smaller(first + split, pairs);
-            const Index rows = m.rows(m.images_of(part), m.bottom(part, 0) - m.top(part));
             for (Index plane = 0; plane < m.planes() && first < last; ++plane) {
-                Number* const copy = reinterpret_cast<Number*>(copies + plane * pass.plane_bytes());
-                zero_numbers(copy, m.x.lead * pass.step);
+                Number* row = reinterpret_cast<Number*>(copies + plane * pass.plane_bytes());
+                zero_numbers(row, m.x.lead * pass.step);
+                row += m.x.lead * pass.step;
                 copy_plane(
-                    m, pass.read, part, plane, rows, 0, pass.read.source.channels, pass.step,
-                    [&](Index row) { return copy + (m.x.lead + row * m.x.pitch) * pass.step; },
-                    [](Index, const Number*) {});
+                    m, pass.read, part, plane, 0, pass.read.source.channels, pass.step, [&] { return row; },
+                    [&] { row += m.x.pitch * pass.step; });
             }
             for (Index pair = first; pair < last; ++pair)
                 write(pass, phases, part, pair, copies, products, sums.of(part));
@@ -464,13 +455,12 @@ void run(const Pass& pass, Dtype dtype, Output kind, int threads, Finish finish)
 }
 
 template <class Finish>
-void run(const ConvolutionShape& s, const Source& from, Destination to, bool gathers, const Taps& weight,
+void run(const ConvolutionShape& s, const Source& from, const Destination& to, bool gathers, const Taps& weight,
          const float* values, Output kind, int threads, Finish finish) {
     const Axis y(s.rows, gathers, from.height, to.height), x(s.columns, gathers, from.width, to.width);
     const Index step = multiple(from.channels, tile_depth), bytes = step * static_cast<Index>(sizeof(Number));
     const Index place = bytes % together_bytes == 0 ? step + tile_depth : step;
     const Meeting meeting(y, x, s.batch, s.groups, place * static_cast<Index>(sizeof(Number)), part_bytes, 2 * threads);
-    to.streams = streams(to, s.dtype, s.batch);
     run({meeting, Reader(from, s.dtype), to, weight, values, place, step / tile_depth}, s.dtype, kind, threads, finish);
 }
 
@@ -522,11 +512,7 @@ void turn_plain(const GradientPass& pass, Index part, Index length, Index first,
             Vector pairs[lanes];
             const Number* pixel = pixels + (row - first) * tile_side;
             for (Vector& pair : pairs) {
-                VectorHalves low, high;
-                std::memcpy(&low, pixel, sizeof low);
-                std::memcpy(&high, pixel + step, sizeof high);
-                const VectorBits bits =
-                    __builtin_convertvector(low, VectorBits) | (__builtin_convertvector(high, VectorBits) << 16);
+                const VectorBits bits = load_halves(pixel) | load_halves(pixel + step) << 16;
                 std::memcpy(&pair, &bits, sizeof pair);
                 pixel += 2 * step;
             }
@@ -542,15 +528,10 @@ void pair_pixels(const Number* pixels, Index step, Index count, Index tiles, flo
     for (Index tile = 0; tile < tiles; ++tile) {
         const Number* pixel = pixels + tile * tile_side;
         float* to = words + tile * tile_side;
-        const auto load = [](const Number* at) {
-            VectorHalves halves;
-            std::memcpy(&halves, at, sizeof halves);
-            return __builtin_convertvector(halves, VectorBits);
-        };
-        VectorBits before = load(pixel);
+        VectorBits before = load_halves(pixel);
         for (Index i = 0; i < count; ++i, to += words_step) {
             pixel += step;
-            const VectorBits after = load(pixel), bits = before | (after << 16);
+            const VectorBits after = load_halves(pixel), bits = before | (after << 16);
             std::memcpy(to, &bits, sizeof bits);
             before = after;
         }
@@ -559,15 +540,15 @@ void pair_pixels(const Number* pixels, Index step, Index count, Index tiles, flo
 
 // Columns [first, last) of tiles of the looked-at map's planes in pairs of pixels, that of place p at words[p + 1].
 // `pixels` has room for a row, and one pixel more.
-void pair_looked(const GradientPass& pass, Index part, Index rows, Index first, Index last, Number* pixels,
-                 float* words, Index plane_words) {
+void pair_looked(const GradientPass& pass, Index part, Index first, Index last, Number* pixels, float* words,
+                 Index plane_words) {
     const Meeting& m = pass.meeting;
     const Index channel = first * tile_side;
     const Index channels = smaller(last * tile_side, pass.looked.source.channels) - channel;
     const Index step = multiple(channels, tile_depth), words_step = pass.step(), pitch = m.x.pitch;
     for (Index plane = 0; plane < m.planes(); ++plane) {
         float* to = words + plane * plane_words;
-        float* const end = to + (m.places(rows) + 1) * words_step;
+        float* const end = to + (m.places(m.rows(part)) + 1) * words_step;
         __builtin_memset(to, 0, static_cast<std::size_t>(m.x.lead * words_step) * sizeof(float));
         to += m.x.lead * words_step;
         zero_numbers(pixels, step);
@@ -578,8 +559,7 @@ void pair_looked(const GradientPass& pass, Index part, Index rows, Index first, 
             to += count * words_step;
         };
         copy_plane(
-            m, pass.looked, part, plane, rows, channel, channels, step, [&](Index) { return pixels + step; },
-            [&](Index, const Number*) { pair(pitch); });
+            m, pass.looked, part, plane, channel, channels, step, [&] { return pixels + step; }, [&] { pair(pitch); });
         while (to < end) {
             const Index count = smaller(pitch, (end - to) / words_step);
             zero_numbers(pixels + step, count * step);
@@ -605,7 +585,7 @@ void add_gradient(const GradientPass& pass, Index part, Span all_rows, Span all_
                     float* const sums = gradient + pass.cut.tile(tap, row) + column * tile_words;
                     const auto at = [&](int i, int j) { return sums + i * next_row + j * tile_words; };
                     each_sum<rows, columns>([&]<int tile>(int i, int j) {
-                        begins&& k == 0 ? zero_tile<tile>() : load_tile<tile>(at(i, j), 64);
+                        k == 0 && begins ? zero_tile<tile>() : load_tile<tile>(at(i, j), 64);
                     });
                     const float* const right = words + taps[tap].plane * plane_words +
                                                (taps[tap].place + 1 + k * tile_depth) * step +
@@ -656,7 +636,7 @@ void weight_gradient(const GradientPass& pass, const Taps& w, float* grad_weight
     const std::size_t word_bytes = floats(m.planes() * plane_words);
     const std::size_t turned_bytes = floats(cut.rows * most_depth * tile_words);
     const std::size_t pixel_bytes =
-        floats(larger(tile_depth * cut.rows, (m.x.pitch + 1) * multiple(cut.columns, 2)) * tile_side / 2);
+        floats(larger(tile_depth * cut.rows, (m.x.pitch + 1) * cut.columns) * tile_side / 2);
     const std::size_t all_bytes = floats(shares * gradient_words);
     const std::size_t tap_bytes = Workspace::padded(static_cast<std::size_t>(m.tap_count()) * sizeof(Tap));
     Workspace workspace(all_bytes + tap_bytes);
@@ -680,8 +660,7 @@ void weight_gradient(const GradientPass& pass, const Taps& w, float* grad_weight
             const Span columns{column, smaller(column + cut.columns, cut.column_tiles)};
             const Index begin = m.count * share / shares, end = m.count * (share + 1) / shares;
             for (Index part = begin; part < end; ++part) {
-                pair_looked(pass, part, m.rows(m.images_of(part), m.bottom(part, 0) - m.top(part)), columns.first,
-                            columns.last, pixels, words, plane_words);
+                pair_looked(pass, part, columns.first, columns.last, pixels, words, plane_words);
                 turn_plain(pass, part, m.length(part, 0, 0), rows.first, rows.last, pixels, turned);
                 add_gradient(pass, part, rows, columns, part == begin, taps, words, plane_words, turned,
                              gradient + share * gradient_words);
@@ -700,36 +679,23 @@ void weight_gradient(const GradientPass& pass, const Taps& w, float* grad_weight
 void amx_forward(const ConvolutionForward& args, int threads) {
     const ConvolutionShape& s = args.shape;
     const ConvolutionWeight& w = args.weight;
-    const OutputStatistics& statistics = args.statistics;
-    const Index images = s.batch / s.groups;
-    run(s, {args.input, s.height, s.width, s.in_channels, images},
-        {args.output, s.out_height, s.out_width, s.out_channels, images, 1, args.bias, args.activation, nullptr,
-         statistics.negative_slope, false},
-        !s.transposed, {s.in_channels, s.out_channels, w.in, w.out, w.row, w.column}, w.values,
-        output_of(statistics, args.activation), threads, [&](const auto& sums, Index group, Index begin, Index end) {
-            if (statistics.scale) finish_statistics(statistics, sums, group, begin, end);
-        });
+    run(s, input_of(args), destination_of(args), !s.transposed,
+        {s.in_channels, s.out_channels, w.in, w.out, w.row, w.column}, w.values,
+        output_of(args.statistics, args.activation), threads, finish_of(args));
 }
 
 void amx_backward_input(const ConvolutionBackwardInput& args, int threads) {
     const ConvolutionShape& s = args.shape;
     const ConvolutionWeight& w = args.weight;
-    const Index images = s.batch / s.groups;
-    run(s, {written(args.grad_output), s.out_height, s.out_width, s.out_channels, images},
-        {args.grad_input, s.height, s.width, s.in_channels, images, 1, nullptr, beside_of(args), args.mean, 1.0f,
-         false},
-        s.transposed, {s.out_channels, s.in_channels, w.out, w.in, w.row, w.column}, w.values, output_of(args), threads,
-        [&](const auto& sums, Index group, Index begin, Index end) {
-            if (args.input.scale && args.sum) finish_sums(args, sums, group, begin, end);
-        });
+    run(s, grad_output_of(args), destination_of(args), s.transposed,
+        {s.out_channels, s.in_channels, w.out, w.in, w.row, w.column}, w.values, output_of(args), threads,
+        finish_of(args));
 }
 
 void amx_backward_weight(const ConvolutionBackwardWeight& args, int threads) {
     const ConvolutionShape& s = args.shape;
     const ConvolutionWeight& w = args.layout;
-    const Index images = s.batch / s.groups;
-    const Source input{args.input, s.height, s.width, s.in_channels, images};
-    const Source grad_output{written(args.grad_output), s.out_height, s.out_width, s.out_channels, images};
+    const Source input = input_of(args), grad_output = grad_output_of(args);
     const Source& plain = s.transposed ? input : grad_output;
     const Source& looked = s.transposed ? grad_output : input;
     const GradientCut cut(ceiling(plain.channels, tile_side), ceiling(looked.channels, tile_side),

@@ -6,7 +6,6 @@
 #include "convolution.h"
 #include "parallel.h"
 #include "vector.h"
-#include "workspace.h"
 
 namespace ganvas::cpu::GANVAS_ISA {
 
@@ -54,13 +53,21 @@ struct Source {
     Index per_channel(Index image) const { return image / group_images * channels; }
 };
 
+template <class Args>
+Source input_of(const Args& args) {
+    const ConvolutionShape& s = args.shape;
+    return {args.input, s.height, s.width, s.in_channels, s.batch / s.groups};
+}
+
+template <class Args>
+Source grad_output_of(const Args& args) {
+    const ConvolutionShape& s = args.shape;
+    return {written(args.grad_output), s.out_height, s.out_width, s.out_channels, s.batch / s.groups};
+}
+
 struct Pixel {
     Index row, column;
 };
-
-inline std::size_t floats(Index count) {
-    return Workspace::padded(static_cast<std::size_t>(count) * sizeof(float));
-}
 
 // What happens to an output value before it is stored, and which sums are kept of it.
 enum class Output {
@@ -156,6 +163,23 @@ inline PendingActivation beside_of(const ConvolutionBackwardInput& args) {
     return args.input.scale ? args.input : written(args.added);
 }
 
+inline Destination destination_of(const ConvolutionForward& args, Index step = 1) {
+    const ConvolutionShape& s = args.shape;
+    Destination to{args.output, s.out_height, s.out_width,     s.out_channels, s.batch / s.groups,
+                   step,        args.bias,    args.activation, nullptr,        args.statistics.negative_slope,
+                   false};
+    to.streams = streams(to, s.dtype, s.batch);
+    return to;
+}
+
+inline Destination destination_of(const ConvolutionBackwardInput& args, Index step = 1) {
+    const ConvolutionShape& s = args.shape;
+    Destination to{args.grad_input, s.height,  s.width, s.in_channels, s.batch / s.groups, step, nullptr,
+                   beside_of(args), args.mean, 1.0f,    false};
+    to.streams = streams(to, s.dtype, s.batch);
+    return to;
+}
+
 template <Output kind>
 inline Leaky leaky_of(const Destination& to) {
     return Leaky(activates<kind> || goes_backward<kind> ? to.pending.negative_slope : to.negative_slope);
@@ -242,6 +266,30 @@ Vector mean_of(const float* products, Index products_row, Index count, Leaky lea
     return sum / static_cast<float>(count);
 }
 
+// The channels of a strip's vectors, of which `products` has the first `count` pixels.
+template <Output kind>
+void begin_channels(const Destination& to, Index group, Index begin, Index end, const float* products,
+                    Index products_row, Index count, Leaky leaky, Channels* channels) {
+    for (Index i = 0; begin + i * lanes < end; ++i) {
+        channels[i] = channels_of<kind>(to, group, begin + i * lanes, end);
+        if (takes_statistics<kind>)  // deviations from a near mean: nothing cancels
+            channels[i].pivot = mean_of<kind>(products + i * lanes, products_row, smaller(count, 2 * run_rows), leaky,
+                                              channels[i].bias);
+    }
+}
+
+// Stores `vectors` of channels of `count` pixels, a few pixels of each in turn.
+template <class T, Output kind>
+void write_runs(const Destination& to, Index position, Index step, Index count, Index vectors, const float* products,
+                Index products_row, Leaky leaky, Channels* channels) {
+    for (Index row = 0; row < count; row += run_rows)
+        for (Index i = 0; i < vectors; ++i) {
+            const auto write = channels[i].count >= lanes ? write_run<T, kind, true> : write_run<T, kind, false>;
+            write(to, position + row * step + i * lanes, step, smaller(run_rows, count - row),
+                  products + row * products_row + i * lanes, products_row, leaky, channels[i]);
+        }
+}
+
 // Two numbers per channel of a strip's: mean and squared deviations, or Σg and Σg·(x − mean), of so many pixels.
 template <Output kind>
 void keep_sums(const Channels* strip, Index vectors, Index begin, Index pixels, Index channels, double* sums) {
@@ -325,6 +373,19 @@ void finish_sums(const ConvolutionBackwardInput& args, const Parts& parts, Index
         args.sum[group * channels + c] = static_cast<float>(sum[c]);
         if (args.sum_deviation) args.sum_deviation[group * channels + c] = static_cast<float>(sum_deviation[c]);
     }
+}
+
+// What a pass calls once its pixels are stored.
+inline auto finish_of(const ConvolutionForward& args) {
+    return [&statistics = args.statistics](const auto& parts, Index group, Index begin, Index end) {
+        if (statistics.scale) finish_statistics(statistics, parts, group, begin, end);
+    };
+}
+
+inline auto finish_of(const ConvolutionBackwardInput& args) {
+    return [&args](const auto& parts, Index group, Index begin, Index end) {
+        if (args.input.scale && args.sum) finish_sums(args, parts, group, begin, end);
+    };
 }
 
 }  // namespace ganvas::cpu::GANVAS_ISA

@@ -219,24 +219,16 @@ void write_rows(const Destination& to, Index group, Index first, Index count, In
     const Leaky leaky = leaky_of<kind>(to);
     const Index vectors = ceiling(end - begin, lanes);
     Channels channels[strip_vectors];
-    for (Index i = 0; i < vectors; ++i) {
-        channels[i] = channels_of<kind>(to, group, begin + i * lanes, end);
-        if (takes_statistics<kind>)  // deviations from a near mean: nothing cancels
-            channels[i].pivot = mean_of<kind>(products + i * lanes, products_row, smaller(count, 2 * run_rows), leaky,
-                                              channels[i].bias);
-    }
+    begin_channels<kind>(to, group, begin, end, products, products_row, count, leaky, channels);
     for (Index stretch = 0; stretch < count; stretch += stretch_rows) {
         Vector sums_before[strip_vectors], squares_before[strip_vectors];
         for (Index i = 0; i < vectors; ++i) {
             sums_before[i] = channels[i].sum, squares_before[i] = channels[i].square;
             channels[i].sum = channels[i].square = Vector{};
         }
-        for (Index row = stretch; row < smaller(count, stretch + stretch_rows); row += run_rows)
-            for (Index i = 0; i < vectors; ++i) {
-                const auto write = channels[i].count >= lanes ? write_run<T, kind, true> : write_run<T, kind, false>;
-                write(to, (first + row) * to.channels + begin + i * lanes, to.channels, smaller(run_rows, count - row),
-                      products + row * products_row + i * lanes, products_row, leaky, channels[i]);
-            }
+        write_runs<T, kind>(to, (first + stretch) * to.channels + begin, to.channels,
+                            smaller(stretch_rows, count - stretch), vectors, products + stretch * products_row,
+                            products_row, leaky, channels);
         for (Index i = 0; i < vectors; ++i) channels[i].sum += sums_before[i], channels[i].square += squares_before[i];
     }
     keep_sums<kind>(channels, vectors, begin, count, to.channels, sums);
@@ -701,9 +693,7 @@ template <Elements elements>
 void weight_gradient(const ConvolutionBackwardWeight& args, const Relation& relation, int threads) {
     constexpr Packing packing = elements == Elements::floats ? Packing::floats : Packing::window_pairs;
     const ConvolutionShape& s = args.shape;
-    const Index images = s.batch / s.groups;
-    const Source input{args.input, s.height, s.width, s.in_channels, images};
-    const Source grad_output{written(args.grad_output), s.out_height, s.out_width, s.out_channels, images};
+    const Source input = input_of(args), grad_output = grad_output_of(args);
     const Source& of_plain = relation.input_is_plain ? input : grad_output;
     const Source& of_windows = relation.input_is_plain ? grad_output : input;
     const Window window{relation.y, relation.x, of_windows.channels};
@@ -754,31 +744,13 @@ void weight_gradient(const ConvolutionBackwardWeight& args, const Relation& rela
 }  // namespace
 
 void direct_forward(const ConvolutionForward& args, int threads) {
-    const ConvolutionShape& s = args.shape;
-    const OutputStatistics& statistics = args.statistics;
-    const Index images = s.batch / s.groups;
-    const Source from{args.input, s.height, s.width, s.in_channels, images};
-    Destination to{args.output, s.out_height, s.out_width,     s.out_channels, images,
-                   1,           args.bias,    args.activation, nullptr,        statistics.negative_slope,
-                   false};
-    to.streams = streams(to, s.dtype, s.batch);
-    run(s, from, to, args.weight, cheaper_relation(s, true), true, output_of(statistics, args.activation), threads,
-        [&](const auto& sums, Index group, Index begin, Index end) {
-            if (statistics.scale) finish_statistics(statistics, sums, group, begin, end);
-        });
+    run(args.shape, input_of(args), destination_of(args), args.weight, cheaper_relation(args.shape, true), true,
+        output_of(args.statistics, args.activation), threads, finish_of(args));
 }
 
 void direct_backward_input(const ConvolutionBackwardInput& args, int threads) {
-    const ConvolutionShape& s = args.shape;
-    const Index images = s.batch / s.groups;
-    const Source from{written(args.grad_output), s.out_height, s.out_width, s.out_channels, images};
-    Destination to{args.grad_input, s.height,        s.width,   s.in_channels, images, 1,
-                   nullptr,         beside_of(args), args.mean, 1.0f,          false};
-    to.streams = streams(to, s.dtype, s.batch);
-    run(s, from, to, args.weight, cheaper_relation(s, false), false, output_of(args), threads,
-        [&](const auto& sums, Index group, Index begin, Index end) {
-            if (args.input.scale && args.sum) finish_sums(args, sums, group, begin, end);
-        });
+    run(args.shape, grad_output_of(args), destination_of(args), args.weight, cheaper_relation(args.shape, false), false,
+        output_of(args), threads, finish_of(args));
 }
 
 void direct_backward_weight(const ConvolutionBackwardWeight& args, int threads) {

@@ -202,11 +202,8 @@ void pack_words(const Windowed& from, Index first, Index count, Index begin, Ind
             const Index here = smaller(2, count - row);
             pack_windows<T, kind>(from, first + row, here, begin, end, pair[0], most_together + lanes);
             for (Index i = 0; i < end - begin; i += lanes) {
-                VectorHalves low, high{};
-                std::memcpy(&low, pair[0] + i, sizeof low);
-                if (here == 2) std::memcpy(&high, pair[1] + i, sizeof high);
-                const VectorBits bits =
-                    __builtin_convertvector(low, VectorBits) | (__builtin_convertvector(high, VectorBits) << 16);
+                VectorBits bits = load_halves(pair[0] + i);
+                if (here == 2) bits |= load_halves(pair[1] + i) << 16;
                 std::memcpy(words + i, &bits, sizeof bits);
             }
         }

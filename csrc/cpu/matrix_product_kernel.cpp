@@ -84,7 +84,6 @@ void pack_rows(const MatrixProduct& args, Index row, Index count, Index k, Index
 void matrix_product(const MatrixProduct& args, int threads) {
     const Cut cut(args, threads);
     const Index height = cut.row_block + stagger;
-    const auto floats = [](Index count) { return Workspace::padded(static_cast<std::size_t>(count) * sizeof(float)); };
     const std::size_t a_bytes = floats(depth_block * height), b_bytes = floats(depth_block * tile_columns);
     const std::size_t own = a_bytes + b_bytes + floats(cut.row_block * cut.column_block);
     const ThreadWorkspaces scratch(own, threads);

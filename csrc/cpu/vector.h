@@ -38,10 +38,15 @@ inline Vector load_vector(const float* source) {
     return result;
 }
 
-inline Vector load_vector(const bfloat16* source) {
+// Numbers of 16 bits, one in each word's lower half.
+inline VectorBits load_halves(const void* source) {
     VectorHalves halves;
     std::memcpy(&halves, source, sizeof halves);
-    const VectorBits bits = __builtin_convertvector(halves, VectorBits) << 16;
+    return __builtin_convertvector(halves, VectorBits);
+}
+
+inline Vector load_vector(const bfloat16* source) {
+    const VectorBits bits = load_halves(source) << 16;
     Vector result;
     std::memcpy(&result, &bits, sizeof result);
     return result;

@@ -33,10 +33,9 @@ void winograd_backward_input(const ConvolutionBackwardInput& args, int threads) 
 void winograd_backward_weight(const ConvolutionBackwardWeight& args, int threads) {
     const ConvolutionShape& s = args.shape;
     const ConvolutionWeight& w = args.layout;
-    const Index images = s.batch / s.groups;
-    weight_gradient<taps, step>({{args.input, s.height, s.width, s.in_channels, images},
+    weight_gradient<taps, step>({input_of(args),
                                  {-s.padding, -s.padding},
-                                 {written(args.grad_output), s.out_height, s.out_width, s.out_channels, images},
+                                 grad_output_of(args),
                                  {s.in_channels, s.out_channels, w.in, w.out, w.row, w.column},
                                  args.grad_weight,
                                  s.dtype,

@@ -297,38 +297,17 @@ void run(const Pass& pass, Index images, int threads, Finish finish) {
 template <int taps, int step>
 void forward(const ConvolutionForward& args, const Walk& walk, int threads) {
     const ConvolutionShape& s = args.shape;
-    const Index images = s.batch / s.groups;
-    const OutputStatistics& statistics = args.statistics;
-    Pass pass{{args.input, s.height, s.width, s.in_channels, images},
-              {args.output, s.out_height, s.out_width, s.out_channels, images, walk.step(), args.bias, args.activation,
-               nullptr, statistics.negative_slope, false},
-              walk,
-              s.groups,
-              s.dtype,
-              s.integers,
-              output_of(statistics, args.activation)};
-    pass.destination.streams = streams(pass.destination, s.dtype, s.batch);
-    run<taps, step>(pass, s.batch, threads, [&](const Parts& parts, Index group, Index begin, Index end) {
-        if (statistics.scale) finish_statistics(statistics, parts, group, begin, end);
-    });
+    const Pass pass{input_of(args), destination_of(args, walk.step()),          walk, s.groups, s.dtype,
+                    s.integers,     output_of(args.statistics, args.activation)};
+    run<taps, step>(pass, s.batch, threads, finish_of(args));
 }
 
 template <int taps, int step>
 void backward_input(const ConvolutionBackwardInput& args, const Walk& walk, int threads) {
     const ConvolutionShape& s = args.shape;
-    const Index images = s.batch / s.groups;
-    Pass pass{{written(args.grad_output), s.out_height, s.out_width, s.out_channels, images},
-              {args.grad_input, s.height, s.width, s.in_channels, images, walk.step(), nullptr, beside_of(args),
-               args.mean, 1.0f, false},
-              walk,
-              s.groups,
-              s.dtype,
-              s.integers,
-              output_of(args)};
-    pass.destination.streams = streams(pass.destination, s.dtype, s.batch);
-    run<taps, step>(pass, s.batch, threads, [&](const Parts& parts, Index group, Index begin, Index end) {
-        if (args.input.scale && args.sum) finish_sums(args, parts, group, begin, end);
-    });
+    const Pass pass{grad_output_of(args), destination_of(args, walk.step()), walk, s.groups, s.dtype, s.integers,
+                    output_of(args)};
+    run<taps, step>(pass, s.batch, threads, finish_of(args));
 }
 
 }  // namespace ganvas::cpu::GANVAS_ISA

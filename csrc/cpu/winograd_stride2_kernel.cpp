@@ -44,16 +44,6 @@ Taps backward_taps(const ConvolutionShape& s, const ConvolutionWeight& w) {
     return taps_of(w, s.out_channels, s.in_channels, w.out, w.in);
 }
 
-Source input_of(const ConvolutionBackwardWeight& args) {
-    const ConvolutionShape& s = args.shape;
-    return {args.input, s.height, s.width, s.in_channels, s.batch / s.groups};
-}
-
-Source grad_output_of(const ConvolutionBackwardWeight& args) {
-    const ConvolutionShape& s = args.shape;
-    return {written(args.grad_output), s.out_height, s.out_width, s.out_channels, s.batch / s.groups};
-}
-
 // t = M w along one axis, or Mᵀ d.
 template <int from, int to, class Coefficient>
 [[gnu::always_inline]] inline void combine(const Vector (&values)[from], Vector (&sums)[to], Coefficient coefficient) {

@@ -78,6 +78,10 @@ std::size_t Workspace::padded(std::size_t bytes) {
     return (bytes + line - 1) / line * line;
 }
 
+std::size_t floats(std::int64_t count) {
+    return Workspace::padded(static_cast<std::size_t>(count) * sizeof(float));
+}
+
 ThreadWorkspaces::ThreadWorkspaces(std::size_t bytes, int threads) {
     for (int thread = 0; thread < threads; ++thread) blocks_.emplace_back(bytes, thread);
 }

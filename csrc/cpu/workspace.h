@@ -31,6 +31,9 @@ class Workspace {
     int thread_;
 };
 
+// Bytes for so many, padded.
+std::size_t floats(std::int64_t count);
+
 // So many bytes for each thread of a team.
 class ThreadWorkspaces {
   public:

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("ganvas._native")
 
+from ganvas import _native as native
 from ganvas.nn import FusedSequential, statistics_groups
 from ganvas.ops.chain import Chain
 
@@ -278,8 +279,9 @@ def test_what_changed_since_the_last_call_counts(chains, step, plain_twin, chang
     assert chains[-1] == 3
     assert got.gradients.keys() == expected.gradients.keys()
     for name, tensor in expected.tensors().items():
-        if change == "precision":  # factors rounded to bfloat16 put a few pixels on the other side of a kink
-            assert (got.tensors()[name] - tensor).double().norm() <= 1e-1 * tensor.double().norm(), name
+        if change == "precision":  # rounded, a pixel or two may be on the other side of a kink; of tiles, a few more
+            most = 1e-1 if native.has_bfloat16_tiles() else 5e-2
+            assert (got.tensors()[name] - tensor).double().norm() <= most * tensor.double().norm(), name
             continue
         torch.testing.assert_close(
             got.tensors()[name], tensor, rtol=2e-2, atol=1e-2 * tensor.abs().max().item(), msg=name

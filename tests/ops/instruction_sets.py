@@ -17,6 +17,11 @@ _LESSER = [] if os.environ.get("GANVAS_CPU_ISA") else _ALL[: _ALL.index(native.s
 with_lesser_instruction_sets = pytest.mark.parametrize("isa", _LESSER)
 
 
+def multiplies_by(flag: str) -> bool:
+    """Whether the kernels have AVX-512, and the processor this instruction, as /proc/cpuinfo names it."""
+    return native.selected_isa() in ("avx512", "amx") and flag in Path("/proc/cpuinfo").read_text()
+
+
 def passes(file: str, isa: str, *options: str) -> None:
     """That the tests of ``file`` pass in a process that uses ``isa``; ``options`` are pytest's."""
     done = subprocess.run(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import native_convolutions
@@ -12,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from instruction_sets import passes, with_lesser_instruction_sets
+from instruction_sets import multiplies_by, passes, with_lesser_instruction_sets
 from native_convolutions import KINDS, Arguments, kernels
 from torch import Tensor, nn
 
@@ -28,6 +27,7 @@ from ganvas.ops.convolution import Geometry
 FACTOR_ROUNDING = torch.finfo(torch.bfloat16).eps / 2 / 3**0.5
 STRIDE_2 = Geometry(stride=(2, 2))
 SAME_3X3: dict[str, Any] = {"geometry": Geometry(padding=(1, 1)), "kernel": (3, 3)}
+TRANSPOSED_4X4: dict[str, Any] = {"geometry": Geometry((2, 2), (1, 1), transposed=True), "kernel": (4, 4)}
 SAME_5X5: dict[str, Any] = {"geometry": Geometry(padding=(2, 2)), "kernel": (5, 5)}
 CHANNELS = (1, 3, 8, 16, 17, 31, 33, 64)
 
@@ -149,14 +149,7 @@ AWKWARD = {
     ),
     "few pending channels": Case(in_channels=3, out_channels=20, groups=2, pending="kink_affine", **SAME_3X3),
     "one channel at the end": Case(in_channels=40, out_channels=1, height=12, groups=2, **SAME_3X3),
-    "three channels at the end": Case(
-        in_channels=32,
-        out_channels=3,
-        height=5,
-        width=7,
-        kernel=(4, 4),
-        geometry=Geometry(stride=(2, 2), padding=(1, 1), transposed=True),
-    ),
+    "three channels at the end": Case(in_channels=32, out_channels=3, height=5, width=7, **TRANSPOSED_4X4),
     "a pixel becomes a map": Case(
         in_channels=20,
         out_channels=24,
@@ -253,15 +246,7 @@ SEVERAL_THREADS = {
         images=3, in_channels=290, out_channels=330, height=8, dtype=torch.bfloat16, **SAME_3X3
     ),
     "four phases in bfloat16": Case(
-        images=7,
-        in_channels=70,
-        out_channels=50,
-        height=9,
-        width=11,
-        groups=2,
-        kernel=(4, 4),
-        geometry=Geometry(stride=(2, 2), padding=(1, 1), transposed=True),
-        dtype=torch.bfloat16,
+        images=7, in_channels=70, out_channels=50, height=9, width=11, groups=2, dtype=torch.bfloat16, **TRANSPOSED_4X4
     ),
 }
 
@@ -284,10 +269,6 @@ def test_same_arguments_give_the_same_bits(threads, name, count):
         assert torch.equal(again, first[name]), name
 
 
-def multiplies_bfloat16() -> bool:
-    return native.selected_isa() in ("avx512", "amx") and "avx512_bf16" in Path("/proc/cpuinfo").read_text()
-
-
 def test_medium_float32_precision_multiplies_bfloat16():
     of = Arguments(Case(in_channels=64, out_channels=64, height=17, pending="stored", has_bias=False))
     before, plain = torch.get_float32_matmul_precision(), kernels(of)
@@ -300,8 +281,8 @@ def test_medium_float32_precision_multiplies_bfloat16():
         tensor.copy_(tensor.bfloat16())
     rounded = kernels(of)
     for name in ("output", "grad_input", "grad_weight"):
-        assert torch.equal(ours[name], plain[name]) != multiplies_bfloat16(), name
-        if multiplies_bfloat16():
+        assert torch.equal(ours[name], plain[name]) != multiplies_by("avx512_bf16"), name
+        if multiplies_by("avx512_bf16"):
             torch.testing.assert_close(ours[name], rounded[name], rtol=1e-5, atol=1e-4)
 
 

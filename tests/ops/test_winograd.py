@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 
 import native_convolutions
 import pytest
@@ -12,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from instruction_sets import passes, with_lesser_instruction_sets
+from instruction_sets import multiplies_by, passes, with_lesser_instruction_sets
 from native_convolutions import KINDS, Arguments, kernels, layer_by_layer
 from torch import Tensor
 
@@ -300,10 +299,6 @@ def precision():
     torch.set_float32_matmul_precision(before)
 
 
-def multiplies_coarsely() -> bool:
-    return native.selected_isa() in ("avx512", "amx") and "avx512_vnni" in Path("/proc/cpuinfo").read_text()
-
-
 def test_medium_float32_precision_is_finer_than_factors_rounded_to_bfloat16_or_just_that(precision):
     of = Arguments(Case(in_channels=64, out_channels=64, height=17, width=20, pending="stored", has_bias=False))
     exact, plain = layer_by_layer(of, torch.float64), kernels(of)
@@ -317,7 +312,7 @@ def test_medium_float32_precision_is_finer_than_factors_rounded_to_bfloat16_or_j
     for name in ("output", "grad_input", "grad_weight"):
         error, rounding = (ours[name] - exact[name]).norm(), (rounded[name] - exact[name]).norm()
         assert error < rounding or (native.has_bfloat16_tiles() and error < 1.001 * rounding), name
-        assert torch.equal(ours[name], plain[name]) != multiplies_coarsely(), name
+        assert torch.equal(ours[name], plain[name]) != multiplies_by("avx512_vnni"), name
 
 
 @pytest.mark.parametrize("activation_first", [False, True])
