@@ -112,8 +112,8 @@ template <int rows, int vectors, Elements elements, bool accumulate>
             Vector value;
             if constexpr (elements == Elements::int16_pairs) {
                 const Vector column_scale = load_vector(p.column_scale + column + v * lanes);
-                value = __builtin_convertvector(sum[r][v], Vector) *
-                        (p.row_scale[(row + r) * p.row_scale_stride] * column_scale);
+                value = __builtin_convertvector(sum[r][v], Vector) * column_scale *
+                        p.row_scale[(row + r) * p.row_scale_stride];
             } else {
                 value = sum[r][v];
             }

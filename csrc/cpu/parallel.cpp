@@ -81,6 +81,16 @@ std::int64_t core_cache_bytes() {
     return bytes;
 }
 
+bool shared_cache_is_far() {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    static const bool is = __builtin_cpu_is("intel") != 0;
+    return is;
+#else
+    return false;
+#endif
+}
+
 void expect_first_touch(void* begin, std::int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
     if (bytes < 2 * large_page) return;

@@ -31,6 +31,10 @@ std::int64_t cache_bytes();
 // Of the cache that a core has for itself, the second level.
 std::int64_t core_cache_bytes();
 
+// Whether the third level is far from a core, as on Intel's processors: what is read from it next is worth asking for
+// early. On AMD's the hardware is faster by itself.
+bool shared_cache_is_far();
+
 // Asks for 2 MiB pages under a result that is about to be written, perhaps for the first time: the C library gives
 // large blocks back to the system when they are freed, and with 4 KiB pages the faults cost several times what writing
 // costs.

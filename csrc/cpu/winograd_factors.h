@@ -4,6 +4,8 @@
 // serve tensors whose own rounding is coarser. Included by kernel sources only.
 #pragma once
 
+#include <cmath>
+#include <functional>
 #include <limits>
 
 #include "winograd_input.h"
@@ -12,11 +14,14 @@
 
 namespace ganvas::cpu::GANVAS_ISA {
 
-constexpr Index integer_slice = 32;  // words, terms of a sum that are added up as integers
-// left_limit·(right_sum_limit + integer_slice) < 2³¹: no sum overflows, whatever the factors. The right ones of a slice
-// add up to no more than their limit, but for their rounding.
-constexpr float left_limit = 23169.0f, right_sum_limit = 92648.0f, integer_limit = 32767.0f;
-constexpr float least_scale = std::numeric_limits<float>::min();  // so that no scale's reciprocal overflows
+constexpr Index integer_slice = 64;  // words, terms of a sum that are added up as integers
+// |Σ l·r| ≤ ‖l‖·‖r‖, so no sum of a slice overflows, whatever the factors. Rounding adds up to ½ to each number.
+constexpr float left_norm = 65536.0f, right_norm = 32700.0f, integer_limit = 32767.0f;
+constexpr float rounding_norm = 6.0f;  // ½√n of n numbers
+static_assert(4 * rounding_norm * rounding_norm >= 2 * integer_slice);
+static_assert((left_norm + rounding_norm) * (right_norm + rounding_norm) < 0.999f * 0x1p31f);
+static_assert(right_norm + 0.5f < integer_limit);  // so are single ones of the right
+constexpr float least_scale = std::numeric_limits<float>::min();
 
 // The nearest integers, in the lower halves. |x| < 2²².
 inline VectorBits nearest(Vector x) {
@@ -37,8 +42,9 @@ inline VectorBits larger_lanes(VectorBits a, VectorBits b) {
     return a > b ? a : b;
 }
 
-// The largest lane of each vector, as lanes of one.
-inline VectorBits largest_lanes(VectorBits (&of)[lanes]) {
+// The lanes of each vector combined, as lanes of one.
+template <class V, class Combine>
+inline V combine_lanes(V (&of)[lanes], Combine combine) {
     Vector rows[lanes];
     std::memcpy(rows, of, sizeof rows);
     transpose(rows);
@@ -46,33 +52,50 @@ inline VectorBits largest_lanes(VectorBits (&of)[lanes]) {
 #pragma GCC unroll 4
     for (int half = lanes / 2; half > 0; half /= 2)
 #pragma GCC unroll 8
-        for (int i = 0; i < half; ++i) of[i] = larger_lanes(of[i], of[i + half]);
+        for (int i = 0; i < half; ++i) of[i] = combine(of[i], of[i + half]);
     return of[0];
 }
 
-// What an integer stands for, so that `most` of them make the largest magnitude. A NaN stays one.
-inline Vector scale_of(VectorBits magnitudes, float most) {
-    Vector largest;
-    std::memcpy(&largest, &magnitudes, sizeof largest);
-    const Vector scale = largest / most;
+// So that no scale's reciprocal overflows.
+inline Vector normal_scale(Vector scale) {
     return scale < least_scale ? broadcast(least_scale) : scale;
 }
 
+// What an integer stands for, so that `most` of them make the largest magnitude. A NaN stays one.
+inline Vector scale_of(VectorBits largest, float most) {
+    return normal_scale(__builtin_bit_cast(Vector, largest) / most);
+}
+
+// The same, so that `most` make the norm of `count` numbers; where their squares may have left the range of floats, a
+// bound of it.
+inline Vector scale_of(VectorBits largest, Vector squares, float count, float most) {
+    const Vector bound = __builtin_bit_cast(Vector, largest);
+    float norms[lanes];
+    store_vector(norms, squares);
+    for (float& norm : norms) norm = std::sqrt(norm);
+    return normal_scale(bound > 1e-15f && bound < 1e15f ? load_vector(norms) / most
+                                                        : bound * (std::sqrt(count) / most));
+}
+
 // How many times larger than the largest number of its row, half transformed, each of a tile's may be: the sums of the
-// magnitudes in the rows of Bᵀ.
+// magnitudes in the rows of Bᵀ. And how many times larger than the root of all their squares: the rows' norms.
 template <int taps>
 constexpr float input_gains[points_of<taps>] = {2.5f, 2.5f, 3.0f, 3.0f, 2.5f};
 template <>
 constexpr float input_gains<3>[points_of<3>] = {
     4.5f, 3.0f + 3.0f * half_root, 3.0f + 3.0f * half_root, 1.5f + 1.5f * root, 1.5f + 1.5f * root, 4.5f};
+template <int taps>
+constexpr float input_norms[points_of<taps>] = {1.4578f, 1.4578f, 1.5812f, 1.5812f, 1.6202f};
+template <>
+constexpr float input_norms<3>[points_of<3>] = {2.8723f, 2.7387f, 2.7387f, 1.9365f, 1.9365f, 2.8723f};
 
-// The second transform, along the rows of a segment's tiles, of columns `step` apart, to integers: factors[t*points +
-// y] of them are one in a row whose gain is one.
+// The second transform, along the rows of a segment's tiles, of columns `step` apart, to integers, factors[f] of which
+// are one in a tile, points² factors after another's.
 template <int taps, int step>
 [[gnu::noinline]] void round_rows(const Vector (*columns)[points_of<taps>], Index tiles, Span row_points,
                                   const float* factors, float* destination, Index tile_stride, Index frequency) {
     constexpr int points = points_of<taps>;
-    for (Index t = 0; t < tiles; ++t, columns += step * tile, factors += points, destination += tile_stride) {
+    for (Index t = 0; t < tiles; ++t, columns += step * tile, factors += points * points, destination += tile_stride) {
         float* to = destination + row_points.first * points * frequency;
 #pragma GCC unroll 1
         for (Index y = row_points.first; y < row_points.last; ++y, to += points * frequency) {
@@ -83,7 +106,7 @@ template <int taps, int step>
             float* halves[2] = {to, to + 3 * frequency};
 #pragma GCC unroll 6
             for (int x = 0; x < points; ++x) {
-                const VectorBits bits = nearest(v[x] * broadcast(factors[y] * (1.0f / input_gains<taps>[x])));
+                const VectorBits bits = nearest(v[x] * broadcast(factors[y * points + x]));
                 const VectorHalves integers = __builtin_convertvector(bits, VectorHalves);
                 std::memcpy(halves[x / 3] + x % 3 * frequency, &integers, sizeof integers);
             }
@@ -97,40 +120,68 @@ template <class T, int taps, int step, Activation kind>
 void round_segment(const Source& source, Pixel origin, const Segment& segment, const Transformed& to, Index first,
                    float* scales, Index scale_stride, float* scratch) {
     constexpr int points = points_of<taps>;
-    constexpr Index most = whole_vectors((segment_limit + 1) * points);
+    constexpr Index room = whole_vectors((segment_limit + 1) * points);
     const SegmentColumns<T, InputSide<taps>, step, kind> of(source, origin, segment);
     Vector(*const columns)[points] = reinterpret_cast<Vector(*)[points]>(scratch);
-    // The largest magnitude of each row of `tile` columns: a tile's own, and those that it shares with the next.
-    VectorBits largest[most] = {};
+    // The largest magnitude and the squares of each row of `tile` columns: a tile's own, and those that it shares with
+    // the next.
+    const Index rows = whole_vectors((segment.tiles + 1) * points);
+    VectorBits largest[room];
+    Vector squares[room];
+    for (Index i = 0; i < rows; ++i) largest[i] = VectorBits{}, squares[i] = Vector{};
     for (Index c = 0; c < source.channels; c += lanes)
         for (int row_phase = 0; row_phase < step; ++row_phase) {
             Vector(*const own)[points] = columns + (c / lanes * step + row_phase) * of.width;
             of.transform(c, row_phase, own);
             for (Index t = 0; t <= segment.tiles; ++t) {
-                VectorBits* const rows = largest + t * points;
-                for (Index x = t * tile * step; x < smaller((t + 1) * tile * step, of.width); ++x)
-                    for (int y = 0; y < points; ++y) rows[y] = larger_lanes(rows[y], magnitude(own[x][y]));
+                const Index begin = t * tile * step, end = smaller(begin + tile * step, of.width);
+                for (int y = 0; y < points; ++y) {
+                    VectorBits most = largest[t * points + y];
+                    Vector sum = squares[t * points + y];
+                    for (Index x = begin; x < end; ++x) {
+                        most = larger_lanes(most, magnitude(own[x][y]));
+                        sum += own[x][y] * own[x][y];
+                    }
+                    largest[t * points + y] = most;
+                    squares[t * points + y] = sum;
+                }
             }
         }
-    std::uint32_t magnitudes[most + lanes] = {};
-    for (Index i = 0; i < (segment.tiles + 1) * points; i += lanes) {
-        const VectorBits of_rows = largest_lanes(*reinterpret_cast<VectorBits(*)[lanes]>(largest + i));
+    std::uint32_t magnitudes[room + lanes] = {};
+    float sums[room + lanes] = {};
+    for (Index i = 0; i < rows; i += lanes) {
+        const VectorBits of_rows = combine_lanes(*reinterpret_cast<VectorBits(*)[lanes]>(largest + i), larger_lanes);
         std::memcpy(magnitudes + i, &of_rows, sizeof of_rows);
+        store_vector(sums + i, combine_lanes(*reinterpret_cast<Vector(*)[lanes]>(squares + i), std::plus<Vector>{}));
     }
-    Vector gains{};
-    for (int x = 0; x < points; ++x) gains[x] = input_gains<taps>[x];
-    float factors[most], units[most];
+    const float count = static_cast<float>(2 * tile * step * step * source.channels);
+    float units[2][room], factors_of_one[2][room];  // where the gain is one, from the largest number and from the norm
     for (Index i = 0; i < segment.tiles * points; i += lanes) {
         VectorBits here, next;
         std::memcpy(&here, magnitudes + i, sizeof here);
         std::memcpy(&next, magnitudes + i + points, sizeof next);
-        const Vector unit = scale_of(larger_lanes(here, next), left_limit);
-        store_vector(units + i, unit);
-        store_vector(factors + i, 1.0f / unit);
+        const VectorBits both = larger_lanes(here, next);
+        const Vector unit[2] = {
+            scale_of(both, integer_limit),
+            scale_of(both, load_vector(sums + i) + load_vector(sums + i + points), count, left_norm)};
+        for (int by = 0; by < 2; ++by) {
+            store_vector(units[by] + i, unit[by]);
+            store_vector(factors_of_one[by] + i, 1.0f / unit[by]);
+        }
     }
-    for (Index t = 0; t < segment.tiles; ++t)  // whole vectors: each row's end is overwritten by the next
-        for (int y = 0; y < points; ++y)
-            store_vector(scales + t * scale_stride + y * points, broadcast(units[t * points + y]) * gains);
+    Vector gains[2]{}, inverse_gains[2]{};
+    for (int x = 0; x < points; ++x) {
+        gains[0][x] = input_gains<taps>[x], inverse_gains[0][x] = 1.0f / input_gains<taps>[x];
+        gains[1][x] = input_norms<taps>[x], inverse_gains[1][x] = 1.0f / input_norms<taps>[x];
+    }
+    float factors[segment_limit * points * points + lanes];
+    for (Index i = 0; i < segment.tiles * points; ++i) {  // whole vectors: each row's end is overwritten by the next
+        const Vector scale[2] = {units[0][i] * gains[0], units[1][i] * gains[1]};
+        const Vector factor[2] = {factors_of_one[0][i] * inverse_gains[0], factors_of_one[1][i] * inverse_gains[1]};
+        store_vector(scales + i / points * scale_stride + i % points * points,
+                     scale[0] > scale[1] ? scale[0] : scale[1]);
+        store_vector(factors + i * points, factor[0] < factor[1] ? factor[0] : factor[1]);
+    }
     for (Index c = 0; c < source.channels; c += lanes)
         for (int phase = 0; phase < step * step; ++phase)
             round_rows<taps, step>(columns + (c / lanes * step + phase / step) * of.width + phase % step, segment.tiles,
@@ -217,30 +268,26 @@ void right_scales(const Taps& w, const float* values, Index depth, Index panel, 
     constexpr int frequencies = points_of<taps> * points_of<taps>;
     constexpr Index slice = 2 * integer_slice;
     for (Index n = panel; n < panel + width; n += lanes) {
-        VectorBits largest[frequencies] = {}, largest_sums[frequencies] = {};
-        Vector sums[frequencies] = {};
+        VectorBits largest[frequencies] = {};
+        Vector squares[frequencies] = {}, most_squares[frequencies] = {};
         for_each_block<taps, step>(
             w, values, 0, depth, n, lanes, [&](const TapBlock(&block)[taps* taps], Index first, Index, Index rows) {
                 for (Index k = 0; k < rows; ++k) {
                     Frequencies<taps> u;
                     transform_taps<taps>(block, k, u);
                     for (int f = 0; f < frequencies; ++f) {
-                        const VectorBits bits = magnitude(u[f]);
-                        largest[f] = larger_lanes(largest[f], bits);
-                        sums[f] += __builtin_bit_cast(Vector, bits);
+                        largest[f] = larger_lanes(largest[f], magnitude(u[f]));
+                        squares[f] += u[f] * u[f];
                     }
                 }
                 if ((first + rows) % slice != 0 && first + rows < depth) return;
                 for (int f = 0; f < frequencies; ++f) {
-                    largest_sums[f] = larger_lanes(largest_sums[f], __builtin_bit_cast(VectorBits, sums[f]));
-                    sums[f] = Vector{};
+                    most_squares[f] = most_squares[f] > squares[f] ? most_squares[f] : squares[f];
+                    squares[f] = Vector{};
                 }
             });
-        for (int f = 0; f < frequencies; ++f) {
-            const Vector of_one = scale_of(largest[f], integer_limit);
-            const Vector of_sum = scale_of(largest_sums[f], right_sum_limit);
-            store_vector(scales + f * columns + n, of_one > of_sum ? of_one : of_sum);
-        }
+        for (int f = 0; f < frequencies; ++f)
+            store_vector(scales + f * columns + n, scale_of(largest[f], most_squares[f], slice, right_norm));
     }
 }
 

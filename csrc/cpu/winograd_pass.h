@@ -127,7 +127,7 @@ void run_blocks(const Pass& pass, const Tiles& tiles, const Blocks& blocks, int 
     const std::size_t sum_bytes = Parts::bytes(pass, blocks);
     const std::size_t u_bytes = u.bytes() + u.scale_bytes();
     const bool shares_weight = u_bytes > own_weight_bytes;
-    const bool fetches = static_cast<std::int64_t>(u_bytes) > core_cache_bytes() / 2;
+    const bool fetches = shared_cache_is_far() && static_cast<std::int64_t>(u_bytes) > core_cache_bytes() / 2;
     const std::size_t room = v.bytes() + v.scratch_bytes() + Workspace::padded(m.bytes());
     Workspace workspace((shares_weight ? u_bytes : 0) + Workspace::padded(sum_bytes));
     const ThreadWorkspaces scratch(room + (shares_weight ? 0 : u_bytes), threads);

@@ -21,7 +21,7 @@ constexpr Index wave_bytes = 6 << 20, own_wave_bytes = 384 << 10;
 constexpr Index wave_tiles_least = 256, own_wave_tiles_least = 64;
 constexpr Index own_gradient_bytes = 4 << 20, own_tiles_least = 128;
 // Tiles whose integers have a scale in common, and the largest of those: no sum overflows.
-constexpr Index run_tiles = 2 * integer_slice;
+constexpr Index run_tiles = 64;
 constexpr float v_limit = 8191.0f, d_limit = 4095.0f;
 static_assert(run_tiles * static_cast<std::int64_t>(v_limit) * static_cast<std::int64_t>(d_limit) < std::int64_t{1}
                                                                                                         << 31);
