@@ -119,13 +119,15 @@ struct Destination {
                                 // scale what is added
     const float* mean;          // backward: [G, channels] or null
     float negative_slope;       // forward: of the activation that the statistics come after
-    bool streams;               // past the cache, where whole vectors are written
+    bool streams;               // past the cache, where whole lines are written
 };
 
 // Whether the output goes past the cache: whole lines of an array of which little would still be there when it is read.
 inline bool streams(const Destination& to, Dtype dtype, Index images) {
-    const Index bytes = images * to.height * to.width * to.channels * static_cast<Index>(sizeof(float));
-    return dtype == Dtype::float32 && vector_is_line<float> && to.channels % lanes == 0 &&
+    const bool is_float = dtype == Dtype::float32;
+    const Index number = is_float ? sizeof(float) : sizeof(bfloat16);
+    const Index bytes = images * to.height * to.width * to.channels * number;
+    return (is_float ? vector_is_line : two_vectors_are_line()) && to.channels * number % 64 == 0 &&
            reinterpret_cast<std::uintptr_t>(to.pixels) % 64 == 0 && 8 * bytes >= cache_bytes();
 }
 
@@ -205,9 +207,10 @@ inline Channels channels_of(const Destination& to, Index group, Index begin, Ind
     return of;
 }
 
+// What is stored at `position` of a vector of products, which is added to the sums.
 template <class T, Output kind, bool whole>
-inline __attribute__((always_inline)) void emit(Vector value, const Destination& to, Index position, Leaky leaky,
-                                                const Channels& of, Vector& sum, Vector& square) {
+inline __attribute__((always_inline)) Vector output_at(Vector value, const Destination& to, Index position, Leaky leaky,
+                                                       const Channels& of, Vector& sum, Vector& square) {
     value += of.bias;
     const auto stored = [&] {
         const T* beside = static_cast<const T*>(to.pending.stored) + position;
@@ -233,9 +236,23 @@ inline __attribute__((always_inline)) void emit(Vector value, const Destination&
         sum += d;
         square += d * d;
     }
-    T* pixel = static_cast<T*>(to.pixels) + position;
-    if (!whole) return store_lanes(pixel, value, of.count);
+    return value;
+}
+
+// Half lines go past the cache where `lower` is given.
+template <bool whole>
+inline __attribute__((always_inline)) void store_output(float* pixel, Vector value, const Destination& to, Index count,
+                                                        VectorHalves*) {
+    if (!whole) return store_lanes(pixel, value, count);
     to.streams ? stream_vector(pixel, value) : store_vector(pixel, value);
+}
+
+template <bool whole>
+inline __attribute__((always_inline)) void store_output(bfloat16* pixel, Vector value, const Destination& to,
+                                                        Index count, VectorHalves* lower) {
+    if (!whole) return store_lanes(pixel, value, count);
+    if (to.streams && lower != nullptr) return stream_half(pixel, value, *lower);
+    store_vector(pixel, value);
 }
 
 constexpr Index run_rows = 8;  // pixels whose sums are kept in registers
@@ -250,7 +267,8 @@ inline void write_run(const Destination& to, Index position, Index step, Index c
     for (Index i = 0; i < count; ++i, position += step, products += products_row) {
         if (reads_pixels<kind>(to))  // a later run's, too far apart for the processor to foresee
             __builtin_prefetch(static_cast<const T*>(to.pending.stored) + position + 3 * run_rows * step, 0, 2);
-        emit<T, kind, whole>(load_vector(products), to, position, leaky, own, sum, square);
+        const Vector value = output_at<T, kind, whole>(load_vector(products), to, position, leaky, own, sum, square);
+        store_output<whole>(static_cast<T*>(to.pixels) + position, value, to, own.count, nullptr);
     }
     of.sum += sum;
     of.square += square;

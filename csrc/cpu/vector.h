@@ -82,9 +82,8 @@ inline void store_vector(bfloat16* destination, Vector value) {
     std::memcpy(destination, &halves, sizeof halves);
 }
 
-// Whether vectors of T are whole cache lines, which can be written past the cache.
-template <class T>
-constexpr bool vector_is_line = lanes * sizeof(T) == 64;
+// Vectors of float are whole cache lines, which can be written past the cache.
+constexpr bool vector_is_line = lanes * sizeof(float) == 64;
 
 // To a line's first byte. Other threads may read it after a stream_fence().
 inline void stream_vector(float* destination, Vector value) {
@@ -94,8 +93,29 @@ inline void stream_vector(float* destination, Vector value) {
     store_vector(destination, value);
 #endif
 }
-inline void stream_vector(bfloat16* destination, Vector value) {
+
+// Vectors of bfloat16 are half lines, which two of them can fill.
+inline bool two_vectors_are_line() {
+    return lanes * sizeof(bfloat16) == 32 && processor_rounds_to_bfloat16;
+}
+
+// To a line's first byte or its middle. The lower half waits in `lower` for the upper one. Only where
+// two_vectors_are_line().
+inline void stream_half(bfloat16* destination, Vector value, VectorHalves& lower) {
+#if defined(__AVX512F__)
+    const VectorHalves halves = nearest_bfloat16(value);
+    if (reinterpret_cast<std::uintptr_t>(destination) % 64 == 0) {
+        lower = halves;
+    } else {
+        const VectorHalves both[2] = {lower, halves};
+        __m512i line;
+        std::memcpy(&line, both, sizeof line);
+        _mm512_stream_si512(reinterpret_cast<__m512i*>(destination - lanes), line);
+    }
+#else
+    static_cast<void>(lower);
     store_vector(destination, value);
+#endif
 }
 
 #if defined(__AVX512F__)

@@ -36,11 +36,12 @@ inline void transform_columns(const float* m, Index frequency, const Segment& se
 }
 
 // A tile, height × width of which exist, from its half-transformed rows, whose first `skipped` outputs are not among
-// them. The sums of a tile are kept in registers.
+// them. The sums of a tile are kept in registers. Half lines wait in `lower` for the next vector of channels.
 template <class T, int points, Output kind>
 inline void write_tile(const Vector (&rows)[tile][points], const Destination& to, Index corner, Index height,
-                       Index width, Index skipped, Leaky leaky, Channels& of) {
+                       Index width, Index skipped, Leaky leaky, Channels& of, VectorHalves (&lower)[tile * tile]) {
     const Index pixel_stride = to.step * to.channels, row_stride = to.width * pixel_stride;
+    T* const pixels = static_cast<T*>(to.pixels);
     Vector sum{}, square{};
     if (height == tile && width == tile && of.count >= lanes) {
         if (reads_pixels<kind>(to))  // the next tile's, too far apart for the processor to foresee
@@ -53,18 +54,23 @@ inline void write_tile(const Vector (&rows)[tile][points], const Destination& to
             Vector v[tile];
             transform_output(rows[y], v);
 #pragma GCC unroll 4
-            for (int x = 0; x < tile; ++x)
-                emit<T, kind, true>(v[x], to, corner + y * row_stride + x * pixel_stride, leaky, of, sum, square);
+            for (int x = 0; x < tile; ++x) {
+                const Index position = corner + y * row_stride + x * pixel_stride;
+                const Vector value = output_at<T, kind, true>(v[x], to, position, leaky, of, sum, square);
+                store_output<true>(pixels + position, value, to, of.count, lower + y * tile + x);
+            }
         }
     } else {
         for (Index y = 0; y < height; ++y) {
             Vector v[tile];
             transform_output(rows[y], v);
 #pragma GCC unroll 4
-            for (int x = 0; x < tile; ++x)  // so that v stays in registers
-                if (x >= skipped && x < skipped + width)
-                    emit<T, kind, false>(v[x], to, corner + y * row_stride + (x - skipped) * pixel_stride, leaky, of,
-                                         sum, square);
+            for (int x = 0; x < tile; ++x) {  // so that v stays in registers
+                if (x < skipped || x >= skipped + width) continue;
+                const Index position = corner + y * row_stride + (x - skipped) * pixel_stride;
+                const Vector value = output_at<T, kind, false>(v[x], to, position, leaky, of, sum, square);
+                store_output<false>(pixels + position, value, to, of.count, nullptr);
+            }
         }
     }
     of.sum += sum;
@@ -93,6 +99,7 @@ void write_block(const Destination& to, Pixel phase, const Order& order, Index f
     const Leaky leaky = leaky_of<kind>(to);
     const Map map = phase_map(to, phase);
     const Index group = tiles.segment(first_segment).image / to.group_images;
+    VectorHalves lower[tile * tile]{};
     for (Index strip = begin; strip < end; strip += strip_vectors * lanes) {
         const Index vectors = smaller(strip_vectors, ceiling(end - strip, lanes));
         Channels channels[strip_vectors];
@@ -114,7 +121,7 @@ void write_block(const Destination& to, Pixel phase, const Order& order, Index f
                     Channels& of = channels[i];
                     if (takes_statistics<kind> && pixels == 0)  // deviations from a near mean: nothing cancels
                         of.pivot = tile_mean<points, kind>(rows, height, width, skipped, leaky, of.bias);
-                    write_tile<T, points, kind>(rows, to, corner + i * lanes, height, width, skipped, leaky, of);
+                    write_tile<T, points, kind>(rows, to, corner + i * lanes, height, width, skipped, leaky, of, lower);
                 }
                 pixels += height * width;
             }

@@ -21,7 +21,7 @@ constexpr Index block_input_bytes = 384 << 10;  // of the transformed input of a
 constexpr Index block_input_share = 9;
 constexpr Index block_tiles_least = 16;
 constexpr Index block_tiles_most = 48;
-constexpr Index integer_columns_least = 16;    // output channels: below, rounding the input costs more than it saves
+constexpr Index integer_columns_least = 32;    // output channels: below, rounding the input costs more than it saves
 constexpr Index own_weight_bytes = 640 << 10;  // of a transformed weight that each thread makes for itself: it costs
                                                // less than to fetch what another core has written
 constexpr Index wave_weight_bytes = 8 << 20;  // of a transformed weight: from here on waves are faster for so few tiles

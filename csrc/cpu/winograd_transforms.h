@@ -58,14 +58,14 @@ constexpr float root = 1.41421356237309505f;       // √2
     u[4] = w[1];
 }
 
-// Aᵀ: products to outputs.
+// Aᵀ: products to outputs. No sums of two products: which is fused, the compiler would choose anew in each kernel.
 [[gnu::always_inline]] inline void transform_output(const Vector (&m)[6], Vector (&y)[tile]) {
     const Vector even_half = m[1] + m[2], odd_half = m[1] - m[2];
     const Vector even_two = m[3] + m[4], odd_two = m[3] - m[4];
     y[0] = m[0] + even_half + even_two;
-    y[1] = half_root * odd_half + root * odd_two;
-    y[2] = 0.5f * even_half + 2.0f * even_two;
-    y[3] = (0.5f * half_root) * odd_half + (2.0f * root) * odd_two + m[5];
+    y[1] = half_root * (odd_half + 2.0f * odd_two);
+    y[2] = 0.5f * (even_half + 4.0f * even_two);
+    y[3] = (0.5f * half_root) * (odd_half + 8.0f * odd_two) + m[5];
 }
 
 [[gnu::always_inline]] inline void transform_output(const Vector (&m)[5], Vector (&y)[tile]) {
