@@ -62,7 +62,7 @@ class Case(native_convolutions.Case):
 
 
 def compare_with_torch(accuracy, case: Case) -> None:
-    native_convolutions.compare_with_torch(accuracy, case, GROWTH, INTEGER_ROUNDING)
+    native_convolutions.compare_with_torch(accuracy, case, GROWTH, INTEGER_ROUNDING, sharing=16)  # those of a tile
 
 
 @st.composite
