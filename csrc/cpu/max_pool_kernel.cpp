@@ -8,8 +8,6 @@
 namespace ganvas::cpu::GANVAS_ISA {
 namespace {
 
-typedef std::uint8_t VectorBytes __attribute__((vector_size(lanes)));
-
 inline void store_index(std::uint8_t* destination, VectorBits index, Index count) {
     const VectorBytes bytes = __builtin_convertvector(index, VectorBytes);
     if (count >= lanes) {
@@ -20,13 +18,10 @@ inline void store_index(std::uint8_t* destination, VectorBits index, Index count
 }
 
 inline VectorBits load_index(const std::uint8_t* source, Index count) {
-    VectorBytes bytes{};
-    if (count >= lanes) {
-        std::memcpy(&bytes, source, sizeof bytes);
-    } else {
-        for (Index lane = 0; lane < count; ++lane) bytes[lane] = source[lane];
-    }
-    return __builtin_convertvector(bytes, VectorBits);
+    if (count >= lanes) return load_bytes(source);
+    std::uint8_t bytes[lanes]{};
+    for (Index lane = 0; lane < count; ++lane) bytes[lane] = source[lane];
+    return load_bytes(bytes);
 }
 
 // The four stored values under a pooled one, as offsets from the first.
