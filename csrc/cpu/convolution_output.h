@@ -122,13 +122,11 @@ struct Destination {
     bool streams;               // past the cache, where whole lines are written
 };
 
-// Whether the output goes past the cache: whole lines of an array of which little would still be there when it is read.
 inline bool streams(const Destination& to, Dtype dtype, Index images) {
     const bool is_float = dtype == Dtype::float32;
     const Index number = is_float ? sizeof(float) : sizeof(bfloat16);
-    const Index bytes = images * to.height * to.width * to.channels * number;
-    return (is_float ? vector_is_line : two_vectors_are_line()) && to.channels * number % 64 == 0 &&
-           reinterpret_cast<std::uintptr_t>(to.pixels) % 64 == 0 && 8 * bytes >= cache_bytes();
+    return (is_float ? vector_is_line : two_vectors_are_line()) &&
+           goes_past_cache(to.pixels, images * to.height * to.width, to.channels * number);
 }
 
 constexpr int strip_vectors =
@@ -242,14 +240,14 @@ inline __attribute__((always_inline)) Vector output_at(Vector value, const Desti
 // Half lines go past the cache where `lower` is given.
 template <bool whole>
 inline __attribute__((always_inline)) void store_output(float* pixel, Vector value, const Destination& to, Index count,
-                                                        VectorHalves*) {
+                                                        VectorHalves* = nullptr) {
     if (!whole) return store_lanes(pixel, value, count);
     to.streams ? stream_vector(pixel, value) : store_vector(pixel, value);
 }
 
 template <bool whole>
 inline __attribute__((always_inline)) void store_output(bfloat16* pixel, Vector value, const Destination& to,
-                                                        Index count, VectorHalves* lower) {
+                                                        Index count, VectorHalves* lower = nullptr) {
     if (!whole) return store_lanes(pixel, value, count);
     if (to.streams && lower != nullptr) return stream_half(pixel, value, *lower);
     store_vector(pixel, value);
@@ -268,7 +266,7 @@ inline void write_run(const Destination& to, Index position, Index step, Index c
         if (reads_pixels<kind>(to))  // a later run's, too far apart for the processor to foresee
             __builtin_prefetch(static_cast<const T*>(to.pending.stored) + position + 3 * run_rows * step, 0, 2);
         const Vector value = output_at<T, kind, whole>(load_vector(products), to, position, leaky, own, sum, square);
-        store_output<whole>(static_cast<T*>(to.pixels) + position, value, to, own.count, nullptr);
+        store_output<whole>(static_cast<T*>(to.pixels) + position, value, to, own.count);
     }
     of.sum += sum;
     of.square += square;

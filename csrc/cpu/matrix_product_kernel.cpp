@@ -87,10 +87,8 @@ void matrix_product(const MatrixProduct& args, int threads) {
     const std::size_t a_bytes = floats(depth_block * height), b_bytes = floats(depth_block * tile_columns);
     const std::size_t own = a_bytes + b_bytes + floats(cut.row_block * cut.column_block);
     const ThreadWorkspaces scratch(own, threads);
-    // Past the cache: whole lines of a matrix of which little would still be there when it is read.
-    const bool streams = vector_is_line && args.columns % lanes == 0 &&
-                         reinterpret_cast<std::uintptr_t>(args.c) % 64 == 0 &&
-                         8 * args.rows * args.columns * static_cast<Index>(sizeof(float)) >= cache_bytes();
+    const bool streams =
+        vector_is_line && goes_past_cache(args.c, args.rows, args.columns * static_cast<Index>(sizeof(float)));
 
 #pragma omp parallel num_threads(threads)
     {

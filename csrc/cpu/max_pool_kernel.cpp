@@ -18,10 +18,13 @@ inline void store_index(std::uint8_t* destination, VectorBits index, Index count
 }
 
 inline VectorBits load_index(const std::uint8_t* source, Index count) {
-    if (count >= lanes) return load_bytes(source);
-    std::uint8_t bytes[lanes]{};
-    for (Index lane = 0; lane < count; ++lane) bytes[lane] = source[lane];
-    return load_bytes(bytes);
+    VectorBytes bytes{};
+    if (count >= lanes) {
+        std::memcpy(&bytes, source, sizeof bytes);
+    } else {
+        for (Index lane = 0; lane < count; ++lane) bytes[lane] = source[lane];
+    }
+    return widened(bytes);
 }
 
 // The four stored values under a pooled one, as offsets from the first.

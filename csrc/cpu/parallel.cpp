@@ -70,6 +70,11 @@ std::int64_t cache_bytes() {
     return bytes;
 }
 
+bool goes_past_cache(const void* array, std::int64_t rows, std::int64_t row_bytes) {
+    return row_bytes % 64 == 0 && reinterpret_cast<std::uintptr_t>(array) % 64 == 0 &&
+           8 * rows * row_bytes >= cache_bytes();
+}
+
 std::int64_t core_cache_bytes() {
     static const std::int64_t bytes = [] {
         std::int64_t found = 0;
@@ -83,9 +88,11 @@ std::int64_t core_cache_bytes() {
 
 bool shared_cache_is_far() {
 #if defined(__x86_64__)
-    __builtin_cpu_init();
-    static const bool is = __builtin_cpu_is("intel") != 0;
-    return is;
+    static const bool is_far = [] {
+        __builtin_cpu_init();
+        return __builtin_cpu_is("intel") != 0;
+    }();
+    return is_far;
 #else
     return false;
 #endif

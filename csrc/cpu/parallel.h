@@ -28,6 +28,10 @@ class Shares {
 // Memory traffic above this many bytes goes past the cache: nothing of it would still be there when it is read again.
 std::int64_t cache_bytes();
 
+// Whether an array that is written once goes past the cache: its rows are whole lines, and of so many bytes little
+// would still be there when it is read.
+bool goes_past_cache(const void* array, std::int64_t rows, std::int64_t row_bytes);
+
 // Of the cache that a core has for itself, the second level.
 std::int64_t core_cache_bytes();
 

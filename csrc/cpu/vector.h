@@ -41,32 +41,32 @@ inline Vector load_vector(const float* source) {
 
 // Numbers of 16 or 8 bits, one in each word's lowest bits. By intrinsics: __builtin_convertvector takes five and thirty
 // instructions where there is one (GCC 12), and the ones without a mask warn of what they leave undefined.
-inline VectorBits load_halves(const void* source) {
+inline VectorBits widened(VectorHalves halves) {
 #if defined(__AVX512F__)
-    const __m256i halves = _mm256_loadu_si256(static_cast<const __m256i*>(source));
-    return reinterpret_cast<VectorBits>(_mm512_maskz_cvtepu16_epi32(0xFFFF, halves));
+    return reinterpret_cast<VectorBits>(_mm512_maskz_cvtepu16_epi32(0xFFFF, reinterpret_cast<__m256i>(halves)));
 #elif defined(__AVX2__)
-    const __m128i halves = _mm_loadu_si128(static_cast<const __m128i*>(source));
-    return reinterpret_cast<VectorBits>(_mm256_cvtepu16_epi32(halves));
+    return reinterpret_cast<VectorBits>(_mm256_cvtepu16_epi32(reinterpret_cast<__m128i>(halves)));
 #else
-    VectorHalves halves;
-    std::memcpy(&halves, source, sizeof halves);
     return __builtin_convertvector(halves, VectorBits);
 #endif
 }
 
-inline VectorBits load_bytes(const void* source) {
+inline VectorBits widened(VectorBytes bytes) {
 #if defined(__AVX512F__)
-    const __m128i bytes = _mm_loadu_si128(static_cast<const __m128i*>(source));
-    return reinterpret_cast<VectorBits>(_mm512_maskz_cvtepu8_epi32(0xFFFF, bytes));
+    return reinterpret_cast<VectorBits>(_mm512_maskz_cvtepu8_epi32(0xFFFF, reinterpret_cast<__m128i>(bytes)));
 #elif defined(__AVX2__)
-    const __m128i bytes = _mm_loadl_epi64(static_cast<const __m128i*>(source));
-    return reinterpret_cast<VectorBits>(_mm256_cvtepu8_epi32(bytes));
+    __m128i wide{};
+    std::memcpy(&wide, &bytes, sizeof bytes);
+    return reinterpret_cast<VectorBits>(_mm256_cvtepu8_epi32(wide));
 #else
-    VectorBytes bytes;
-    std::memcpy(&bytes, source, sizeof bytes);
     return __builtin_convertvector(bytes, VectorBits);
 #endif
+}
+
+inline VectorBits load_halves(const void* source) {
+    VectorHalves halves;
+    std::memcpy(&halves, source, sizeof halves);
+    return widened(halves);
 }
 
 inline Vector load_vector(const bfloat16* source) {

@@ -75,10 +75,8 @@ void store_rows(const float* numbers, Index pitch, Index count, Index width, flo
             if constexpr (elements == Elements::floats) store_vector(words + j, first);
 #if defined(__AVX512F__)
             if constexpr (elements == Elements::bfloat16_pairs) {
-                VectorBits bits = __builtin_convertvector(nearest_bfloat16(first), VectorBits);
-                if (i + 1 < count)
-                    bits |= __builtin_convertvector(nearest_bfloat16(load_vector(numbers + pitch + j)), VectorBits)
-                            << 16;
+                VectorBits bits = widened(nearest_bfloat16(first));
+                if (i + 1 < count) bits |= widened(nearest_bfloat16(load_vector(numbers + pitch + j))) << 16;
                 std::memcpy(words + j, &bits, sizeof bits);
             }
 #endif

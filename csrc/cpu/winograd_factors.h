@@ -114,20 +114,65 @@ template <int taps, int step>
     }
 }
 
+template <int taps>
+constexpr Index segment_rows = whole_vectors((segment_limit + 1) * points_of<taps>);
+
+// Of tiles that lie side by side: scales[t*scale_stride + f] is what an integer stands for, factors[t*points² + f] its
+// reciprocal. largest[t*points + y] and squares[t*points + y] are of row y of `tile` columns, which tile t and the one
+// before share; in two of those there are `count` numbers.
+template <int taps>
+[[gnu::noinline]] void scale_tiles(VectorBits (&largest)[segment_rows<taps>], Vector (&squares)[segment_rows<taps>],
+                                   Index tiles, float count, float* scales, Index scale_stride, float* factors) {
+    constexpr int points = points_of<taps>;
+    constexpr Index room = segment_rows<taps>;
+    std::uint32_t magnitudes[room + lanes] = {};
+    float sums[room + lanes] = {};
+    for (Index i = 0; i < (tiles + 1) * points; i += lanes) {
+        const VectorBits of_rows = combine_lanes(*reinterpret_cast<VectorBits(*)[lanes]>(largest + i), larger_lanes);
+        std::memcpy(magnitudes + i, &of_rows, sizeof of_rows);
+        store_vector(sums + i, combine_lanes(*reinterpret_cast<Vector(*)[lanes]>(squares + i), std::plus<Vector>{}));
+    }
+    float units[2][room], factors_of_one[2][room];  // where the gain is one, from the largest number and from the norm
+    for (Index i = 0; i < tiles * points; i += lanes) {
+        VectorBits here, next;
+        std::memcpy(&here, magnitudes + i, sizeof here);
+        std::memcpy(&next, magnitudes + i + points, sizeof next);
+        const VectorBits both = larger_lanes(here, next);
+        const Vector unit[2] = {
+            scale_of(both, integer_limit),
+            scale_of(both, load_vector(sums + i) + load_vector(sums + i + points), count, left_norm)};
+        for (int by = 0; by < 2; ++by) {
+            store_vector(units[by] + i, unit[by]);
+            store_vector(factors_of_one[by] + i, 1.0f / unit[by]);
+        }
+    }
+    Vector gains[2]{}, inverse_gains[2]{};
+    for (int x = 0; x < points; ++x) {
+        gains[0][x] = input_gains<taps>[x], inverse_gains[0][x] = 1.0f / input_gains<taps>[x];
+        gains[1][x] = input_norms<taps>[x], inverse_gains[1][x] = 1.0f / input_norms<taps>[x];
+    }
+    for (Index i = 0; i < tiles * points; ++i) {  // whole vectors: each row's end is overwritten by the next
+        const Vector scale[2] = {units[0][i] * gains[0], units[1][i] * gains[1]};
+        const Vector factor[2] = {factors_of_one[0][i] * inverse_gains[0], factors_of_one[1][i] * inverse_gains[1]};
+        store_vector(scales + i / points * scale_stride + i % points * points,
+                     scale[0] > scale[1] ? scale[0] : scale[1]);
+        store_vector(factors + i * points, factor[0] < factor[1] ? factor[0] : factor[1]);
+    }
+}
+
 // V of all channels of a segment's tiles as integers; scales[t*scale_stride + f] is what one stands for. `scratch` has
 // room for the columns of all channels.
 template <class T, int taps, int step, Activation kind>
 void round_segment(const Source& source, Pixel origin, const Segment& segment, const Transformed& to, Index first,
                    float* scales, Index scale_stride, float* scratch) {
     constexpr int points = points_of<taps>;
-    constexpr Index room = whole_vectors((segment_limit + 1) * points);
     const SegmentColumns<T, InputSide<taps>, step, kind> of(source, origin, segment);
     Vector(*const columns)[points] = reinterpret_cast<Vector(*)[points]>(scratch);
     // The largest magnitude and the squares of each row of `tile` columns: a tile's own, and those that it shares with
     // the next.
     const Index rows = whole_vectors((segment.tiles + 1) * points);
-    VectorBits largest[room];
-    Vector squares[room];
+    VectorBits largest[segment_rows<taps>];
+    Vector squares[segment_rows<taps>];
     for (Index i = 0; i < rows; ++i) largest[i] = VectorBits{}, squares[i] = Vector{};
     for (Index c = 0; c < source.channels; c += lanes)
         for (int row_phase = 0; row_phase < step; ++row_phase) {
@@ -147,41 +192,9 @@ void round_segment(const Source& source, Pixel origin, const Segment& segment, c
                 }
             }
         }
-    std::uint32_t magnitudes[room + lanes] = {};
-    float sums[room + lanes] = {};
-    for (Index i = 0; i < rows; i += lanes) {
-        const VectorBits of_rows = combine_lanes(*reinterpret_cast<VectorBits(*)[lanes]>(largest + i), larger_lanes);
-        std::memcpy(magnitudes + i, &of_rows, sizeof of_rows);
-        store_vector(sums + i, combine_lanes(*reinterpret_cast<Vector(*)[lanes]>(squares + i), std::plus<Vector>{}));
-    }
     const float count = static_cast<float>(2 * tile * step * step * source.channels);
-    float units[2][room], factors_of_one[2][room];  // where the gain is one, from the largest number and from the norm
-    for (Index i = 0; i < segment.tiles * points; i += lanes) {
-        VectorBits here, next;
-        std::memcpy(&here, magnitudes + i, sizeof here);
-        std::memcpy(&next, magnitudes + i + points, sizeof next);
-        const VectorBits both = larger_lanes(here, next);
-        const Vector unit[2] = {
-            scale_of(both, integer_limit),
-            scale_of(both, load_vector(sums + i) + load_vector(sums + i + points), count, left_norm)};
-        for (int by = 0; by < 2; ++by) {
-            store_vector(units[by] + i, unit[by]);
-            store_vector(factors_of_one[by] + i, 1.0f / unit[by]);
-        }
-    }
-    Vector gains[2]{}, inverse_gains[2]{};
-    for (int x = 0; x < points; ++x) {
-        gains[0][x] = input_gains<taps>[x], inverse_gains[0][x] = 1.0f / input_gains<taps>[x];
-        gains[1][x] = input_norms<taps>[x], inverse_gains[1][x] = 1.0f / input_norms<taps>[x];
-    }
     float factors[segment_limit * points * points + lanes];
-    for (Index i = 0; i < segment.tiles * points; ++i) {  // whole vectors: each row's end is overwritten by the next
-        const Vector scale[2] = {units[0][i] * gains[0], units[1][i] * gains[1]};
-        const Vector factor[2] = {factors_of_one[0][i] * inverse_gains[0], factors_of_one[1][i] * inverse_gains[1]};
-        store_vector(scales + i / points * scale_stride + i % points * points,
-                     scale[0] > scale[1] ? scale[0] : scale[1]);
-        store_vector(factors + i * points, factor[0] < factor[1] ? factor[0] : factor[1]);
-    }
+    scale_tiles<taps>(largest, squares, segment.tiles, count, scales, scale_stride, factors);
     for (Index c = 0; c < source.channels; c += lanes)
         for (int phase = 0; phase < step * step; ++phase)
             round_rows<taps, step>(columns + (c / lanes * step + phase / step) * of.width + phase % step, segment.tiles,

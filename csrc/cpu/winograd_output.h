@@ -69,7 +69,7 @@ inline void write_tile(const Vector (&rows)[tile][points], const Destination& to
                 if (x < skipped || x >= skipped + width) continue;
                 const Index position = corner + y * row_stride + (x - skipped) * pixel_stride;
                 const Vector value = output_at<T, kind, false>(v[x], to, position, leaky, of, sum, square);
-                store_output<false>(pixels + position, value, to, of.count, nullptr);
+                store_output<false>(pixels + position, value, to, of.count);
             }
         }
     }
