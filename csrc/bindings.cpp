@@ -282,6 +282,7 @@ void convolution_backward_input_(const Convolution& convolution, std::int64_t gr
          pointer<void>(grad_input),
          pointer<float>(sum),
          pointer<float>(sum_deviation),
+         nullptr,
          nullptr},
         threads);
 }
@@ -301,21 +302,22 @@ void convolution_backward_weight_(const Convolution& convolution, std::int64_t g
 }
 
 // forward, backward_input and backward_weight, strides of the weight, numbers of one of bfloat16, norm, eps,
-// negative_slope, activation_first and max_pool.
-using LayerArguments = std::tuple<std::shared_ptr<Convolution>, std::shared_ptr<Convolution>,
-                                  std::shared_ptr<Convolution>, Strides, std::int64_t, Norm, float, float, bool, bool>;
+// negative_slope, activation_first, max_pool and adds.
+using LayerArguments =
+    std::tuple<std::shared_ptr<Convolution>, std::shared_ptr<Convolution>, std::shared_ptr<Convolution>, Strides,
+               std::int64_t, Norm, float, float, bool, bool, std::int64_t>;
 
 Chain make_chain(const std::vector<LayerArguments>& arguments, std::int64_t groups) {
     std::vector<ChainLayer> layers;
-    for (const auto& [forward, into, of_weight, strides, narrow, norm, eps, slope, first, pool] : arguments)
-        layers.push_back({forward, into, of_weight, strides, narrow, norm, eps, slope, first, pool});
+    for (const auto& [forward, into, of_weight, strides, narrow, norm, eps, slope, first, pool, adds] : arguments)
+        layers.push_back({forward, into, of_weight, strides, narrow, norm, eps, slope, first, pool, adds});
     return Chain(std::move(layers), groups);
 }
 
 using Addresses = std::vector<Address>;
 
-// So many of each layer: weight, bias, γ and β; running mean, running variance and count of batches; stored, pooled and
-// winners.
+// So many of each layer: weight, bias, γ and β; running mean, running variance and count of batches; stored, written
+// and winners.
 constexpr std::size_t parameter_count = 4, moving_count = 3, kept_count = 3;
 
 const Address* of_layer(const char* name, const Addresses& addresses, std::size_t count, std::size_t layer,
@@ -352,9 +354,9 @@ std::vector<LayerTensors> layer_tensors(const Chain& chain, const Addresses& par
             of = of_layer("kept tensors", kept, kept_count, i, count);
             const bool last = i + 1 == count;
             if (!(last && layer.is_bare())) require_address("stored", of[0], alignment);
-            if (layer.max_pool && !last) require_address("pooled", of[1], alignment);
+            if (chain.writes(i) && !last) require_address("written", of[1], alignment);
             if (layer.max_pool) require_address("winners", of[2], 1);
-            own.stored = pointer<void>(of[0]), own.pooled = pointer<void>(of[1]);
+            own.stored = pointer<void>(of[0]), own.written = pointer<void>(of[1]);
             own.winners = pointer<std::uint8_t>(of[2]);
         }
         tensors.push_back(own);
@@ -369,6 +371,7 @@ void chain_forward_(const Chain& chain, Address input, Address residual, const A
     require_address("input", input, alignment);
     require_address("output", output, alignment);
     require_address("statistics", statistics, alignof(float));
+    require(residual == 0 || chain.layers().back().adds < 0, "the last layer adds an input, and has no residual");
     const auto tensors = layer_tensors(chain, parameters, moving, momenta, kept);
     chain.forward({pointer<void>(input), pointer<void>(residual), pointer<float>(statistics), pointer<void>(output),
                    tensors.data()},
@@ -425,8 +428,8 @@ void settle_pending_gradient_(Dtype dtype, std::int64_t rows, std::int64_t chann
         require_address("per-channel values", address, 4);
     settle_pending_gradient(
         {dtype, shape.rows, channels, groups, eps, negative_slope, activation_first, training, pointer<void>(grad),
-         pointer<void>(stored), pointer<float>(weight), pointer<float>(mean), pointer<float>(var), pointer<float>(sum),
-         pointer<float>(sum_deviation), pointer<float>(grad_weight), pointer<float>(grad_bias)},
+         pointer<void>(grad), pointer<void>(stored), pointer<float>(weight), pointer<float>(mean), pointer<float>(var),
+         pointer<float>(sum), pointer<float>(sum_deviation), pointer<float>(grad_weight), pointer<float>(grad_bias)},
         threads);
 }
 

@@ -28,8 +28,9 @@ std::int64_t pooled_pixels(const ChainLayer& layer) {
     return s.batch * (s.out_height / 2) * (s.out_width / 2) * s.out_channels;
 }
 
-std::int64_t pooled_bytes(const ChainLayer& layer) {
-    return pooled_pixels(layer) * element_bytes(layer.shape().dtype);
+// Of what a layer hands the next.
+std::int64_t output_bytes(const ChainLayer& layer) {
+    return layer.max_pool ? pooled_pixels(layer) * element_bytes(layer.shape().dtype) : stored_bytes(layer);
 }
 
 void require_fit(const ChainLayer& before, const ChainLayer& layer) {
@@ -40,6 +41,21 @@ void require_fit(const ChainLayer& before, const ChainLayer& layer) {
                 width == b.width,
             "each layer reads what the one before puts out; got a layer of ", b.batch, "×", b.in_channels, "×",
             b.height, "×", b.width, " after one that puts out ", a.batch, "×", a.out_channels, "×", height, "×", width);
+}
+
+// Whether `layer`, the one at `position`, can add the input of the one that it names.
+void require_addition(const std::vector<ChainLayer>& layers, std::size_t position) {
+    const ChainLayer& layer = layers[position];
+    require(layer.adds >= 0 && layer.adds <= static_cast<std::int64_t>(position), "layer ", position,
+            " adds the input of one that comes before, or its own; got ", layer.adds);
+    require(layer.norm != Norm::none && !layer.activation_first && !layer.max_pool,
+            "what a layer adds comes between its norm and its activation, and it does not pool");
+    const auto source = static_cast<std::size_t>(layer.adds);
+    const ConvolutionShape &read = layers[source].shape(), &added = layer.shape();
+    require(read.in_channels == added.out_channels && read.height == added.out_height && read.width == added.out_width,
+            "what a layer adds is like its output; got ", read.in_channels, "×", read.height, "×", read.width, " for ",
+            added.out_channels, "×", added.out_height, "×", added.out_width);
+    require(source == 0 || !layers[source - 1].is_bare(), "what a layer adds is an activation, or the chain's input");
 }
 
 // A layer in a call: what it is, its tensors, and its statistics [G, C].
@@ -180,6 +196,14 @@ Chain::Chain(std::vector<ChainLayer> layers, std::int64_t groups) : layers_(std:
         if (layer.norm == Norm::none) layer.activation_first = false;  // there is nothing that it could come before
     }
     for (std::size_t i = 1; i < layers_.size(); ++i) require_fit(layers_[i - 1], layers_[i]);
+    adder_.assign(layers_.size() + 1, -1);
+    for (std::size_t i = 0; i < layers_.size(); ++i) {
+        if (layers_[i].adds == -1) continue;
+        require_addition(layers_, i);
+        std::int64_t& adder = adder_[static_cast<std::size_t>(layers_[i].adds)];
+        require(adder == -1, "an input is added once; got layers ", adder, " and ", i);
+        adder = static_cast<std::int64_t>(i);
+    }
     require(groups >= 1 && first().batch % groups == 0, "groups must divide the batch of ", first().batch, "; got ",
             groups);
 }
@@ -190,13 +214,19 @@ std::int64_t Chain::statistics_floats() const {
     return count;
 }
 
+bool Chain::gradient_has_sums(std::size_t i) const {
+    const ChainLayer& layer = layers_[i];
+    if (i + 1 == layers_.size() || layer.max_pool) return false;
+    return !writes(i) || (!layer.activation_first && layer.negative_slope >= 0);
+}
+
 void Chain::forward(const ChainForward& call, int threads) const {
     const bool kept = call.layers[0].stored != nullptr;
     PixelMemory memory = forward_memory(layers_);
     const auto place = [&](void* given, std::int64_t bytes) {
         return given ? PixelMemory::Block{given, 0} : memory.take(bytes);
     };
-    PixelMemory::Block read{};
+    std::vector<PixelMemory::Block> inputs(layers_.size());  // of the layers after the first
     const Floats weight_copy(largest_narrow_weight(layers_));
     std::vector<std::uint8_t> winners;  // that nobody will ask for
 
@@ -204,13 +234,16 @@ void Chain::forward(const ChainForward& call, int threads) const {
     for_each_stage(layers_, call.layers, groups_, call.statistics, [&](Stage<float> stage) {
         const ChainLayer& layer = stage.layer;
         const LayerTensors& tensors = stage.tensors;
+        const auto i = static_cast<std::size_t>(&layer - layers_.data());
         const bool last = &layer == &layers_.back();
-        const void* const residual = last ? call.residual : nullptr;
+        const void* residual = last ? call.residual : nullptr;
+        if (layer.adds >= 0)
+            residual = layer.adds == 0 ? call.input : inputs[static_cast<std::size_t>(layer.adds)].begin;
         const bool is_output = last && layer.is_bare();
         const bool activates = !kept && can_activate(layer);
-        PixelMemory::Block written =
+        PixelMemory::Block result =
             place(last && (is_output || activates) ? call.output : tensors.stored, stored_bytes(layer));
-        void* const output = written.begin;
+        void* const output = result.begin;
         ConvolutionForward args{};
         // Groups are told apart where the input or the output has statistics of each.
         args.shape = layer.forward->grouped(before.scale || layer.norm == Norm::batch ? groups_ : 1);
@@ -237,23 +270,28 @@ void Chain::forward(const ChainForward& call, int threads) const {
             if (activates) args.activation = stage.pending(residual);
         }
         layer.forward->forward(args, threads);
-        memory.give(read);
+        if (adder_[i] < 0) memory.give(inputs[i]);
         before = activates ? PendingActivation{output, nullptr, nullptr, 1.0f, false} : stage.pending(output);
         if (layer.max_pool) {
-            const PixelMemory::Block pooled = place(last ? call.output : tensors.pooled, pooled_bytes(layer));
+            const PixelMemory::Block pooled = place(last ? call.output : tensors.written, output_bytes(layer));
             if (!tensors.winners) winners.resize(static_cast<std::size_t>(pooled_pixels(layer)));
             max_pool_forward(
                 {stage.pool_shape(), before, pooled.begin, tensors.winners ? tensors.winners : winners.data()},
                 threads);
             before = {pooled.begin, nullptr, nullptr, 1.0f, false};
-            memory.give(written);
-            written = pooled;
-        } else if (last && !is_output && !activates) {
+            memory.give(result);
+            result = pooled;
+        } else if ((last || writes(i)) && !is_output && !activates) {
+            const PixelMemory::Block written = place(last ? call.output : tensors.written, output_bytes(layer));
             batch_norm_leaky_relu_forward({stage.norm_shape(), output, tensors.bn_weight, tensors.bn_bias, false,
-                                           stage.mean, stage.var, nullptr, nullptr, 0.0f, residual, call.output},
+                                           stage.mean, stage.var, nullptr, nullptr, 0.0f, residual, written.begin},
                                           threads);
+            before = {written.begin, nullptr, nullptr, 1.0f, false};
+            memory.give(result);
+            result = written;
         }
-        read = written;
+        if (layer.adds > 0) memory.give(inputs[static_cast<std::size_t>(layer.adds)]);
+        if (!last) inputs[i + 1] = result;
     });
 }
 
@@ -277,11 +315,9 @@ void Chain::backward(const ChainBackward& call, int threads) const {
     float *const unwanted_weight = sum_deviation + groups_ * channels, *const unwanted_bias =
                                                                            unwanted_weight + channels;
 
-    const PixelMemory::Block own_residual =
-        call.residual_is_input ? memory.take(stored_bytes(layers_.back())) : PixelMemory::Block{};
-    void* const grad_residual = call.residual_is_input ? own_residual.begin : call.grad_residual;
+    std::vector<PixelMemory::Block> added(count);       // gradients of layers' inputs, from where those were added
     const Floats wide(largest_narrow_weight(layers_));  // a weight, or its gradient, in float32
-    // Of what the layer puts out, for one that does not pool with the sums; then of the convolution's raw output.
+    // Of what the layer puts out, with the sums where there are any; then of the convolution's raw output.
     PixelMemory::Block gradient{};
     for (std::size_t i = count; i-- > first;) {
         const Stage<const float>& stage = stages[i];
@@ -306,26 +342,39 @@ void Chain::backward(const ChainBackward& call, int threads) const {
                               threads);
             memory.give(gradient);
             gradient = result;
-        } else if (last) {
-            gradient = memory.take(stored_bytes(layer));
-            const void* side = grad_residual && !call.output ? call.grad_output : call.output;
-            batch_norm_leaky_relu_backward({stage.norm_shape(), call.grad_output, tensors.stored, tensors.bn_weight,
-                                            tensors.bn_bias, stage.mean, stage.var, training, gradient.begin,
-                                            of_bn_weight, of_bn_bias, grad_residual ? side : nullptr, grad_residual},
-                                           threads);
+        } else if (!gradient_has_sums(i)) {
+            const PixelMemory::Block result = memory.take(stored_bytes(layer));
+            const std::int64_t adds = last && call.residual_is_input ? 0 : layer.adds;
+            const PixelMemory::Block residual = adds >= 0 ? memory.take(stored_bytes(layer))
+                                                          : PixelMemory::Block{last ? call.grad_residual : nullptr, 0};
+            const void* const grad = last ? call.grad_output : gradient.begin;
+            const void* const output = last ? call.output : tensors.written;
+            const void* const side = output ? output : grad;
+            batch_norm_leaky_relu_backward(
+                {stage.norm_shape(), grad, tensors.stored, tensors.bn_weight, tensors.bn_bias, stage.mean, stage.var,
+                 training, result.begin, of_bn_weight, of_bn_bias, residual.begin ? side : nullptr, residual.begin},
+                threads);
+            if (adds >= 0) added[static_cast<std::size_t>(adds)] = residual;
+            memory.give(gradient);
+            gradient = result;
         } else {
             if (layer.norm == Norm::none) {
                 std::fill_n(of_bn_bias, shape.out_channels, 0.0f);
                 for (std::int64_t at = 0; at < groups_ * shape.out_channels; ++at)
                     of_bn_bias[at % shape.out_channels] += sum[at];
             } else {
+                const PixelMemory::Block result = layer.adds < 0 ? gradient : memory.take(stored_bytes(layer));
                 settle_pending_gradient(
                     {shape.dtype, rows_of(shape), shape.out_channels, groups_, layer.eps, layer.negative_slope,
-                     layer.activation_first, training, gradient.begin, tensors.stored, tensors.bn_weight, stage.mean,
-                     stage.var, sum, sum_deviation, of_bn_weight, of_bn_bias},
+                     layer.activation_first, training, gradient.begin, result.begin, tensors.stored, tensors.bn_weight,
+                     stage.mean, stage.var, sum, sum_deviation, of_bn_weight, of_bn_bias},
                     threads);
+                if (layer.adds >= 0) added[static_cast<std::size_t>(layer.adds)] = gradient;
+                gradient = result;
             }
         }
+        if (call.overwrites_kept && !last && writes(i) && !layer.max_pool)
+            memory.give({tensors.written, output_bytes(layer)});
         const void* const raw = given ? call.grad_output : gradient.begin;
         if (call.overwrites_kept) memory.give({tensors.stored, stored_bytes(layer)});
         if (wanted.bias) {
@@ -339,9 +388,9 @@ void Chain::backward(const ChainBackward& call, int threads) const {
 
         // The gradients of the convolution's weight and input.
         const Stage<const float>* const previous = i > 0 ? &stages[i - 1] : nullptr;
-        const bool pending = previous && !previous->layer.max_pool;
+        const bool pending = previous && !writes(i - 1);
         const PendingActivation before = pending ? previous->pending(previous->tensors.stored)
-                                                 : PendingActivation{previous ? previous->tensors.pooled : call.input,
+                                                 : PendingActivation{previous ? previous->tensors.written : call.input,
                                                                      nullptr, nullptr, 1.0f, false};
         const std::int64_t groups = pending ? groups_ : 1;
         if (wanted.weight) {
@@ -354,17 +403,19 @@ void Chain::backward(const ChainBackward& call, int threads) const {
         }
         if (i == first && !call.grad_input) break;
         require(layer.backward_input != nullptr, "an input's gradient is asked for, but not made here");
+        const bool summed = previous && gradient_has_sums(i - 1);
         const PixelMemory::Block next =
-            i == 0 ? PixelMemory::Block{call.grad_input, 0}
-                   : memory.take(pending ? stored_bytes(previous->layer) : pooled_bytes(previous->layer));
+            i == 0 ? PixelMemory::Block{call.grad_input, 0} : memory.take(output_bytes(previous->layer));
         layer.backward_input->backward_input(
-            {layer.backward_input->grouped(groups), raw, stage.weight(wide.first(), threads), before,
-             pending ? previous->mean : nullptr, next.begin, pending ? sum : nullptr, pending ? sum_deviation : nullptr,
-             i == 0 && call.residual_is_input ? grad_residual : nullptr},
+            {layer.backward_input->grouped(summed ? groups_ : 1), raw, stage.weight(wide.first(), threads),
+             summed ? previous->pending(previous->tensors.stored) : before, summed ? previous->mean : nullptr,
+             next.begin, summed ? sum : nullptr, summed ? sum_deviation : nullptr, added[i].begin,
+             summed && writes(i - 1) ? previous->tensors.written : nullptr},
             threads);
         memory.give(gradient);
-        if (call.overwrites_kept && previous && !pending)
-            memory.give({previous->tensors.pooled, pooled_bytes(previous->layer)});
+        memory.give(added[i]);
+        if (call.overwrites_kept && previous && previous->layer.max_pool)
+            memory.give({previous->tensors.written, output_bytes(previous->layer)});
         gradient = next;
     }
 }

@@ -23,7 +23,8 @@ struct ChainLayer {
     Norm norm;
     float eps, negative_slope;
     bool activation_first;
-    bool max_pool;  // 2×2, with stride 2
+    bool max_pool;      // 2×2, with stride 2
+    std::int64_t adds;  // the layer whose input is added before the activation; -1: none
 
     const ConvolutionShape& shape() const { return forward->shape; }
     // Whether nothing follows the convolution.
@@ -39,8 +40,8 @@ struct LayerTensors {
     float momentum;
     std::int64_t* batches;  // or null: counts the groups whose statistics were taken
     void* stored;           // the convolution's output; null: not kept
-    void* pooled;           // of a layer that pools: what it hands the next; null: not kept, or the output
-    std::uint8_t* winners;  // likewise, like the pooled pixels: which of each four; null: not kept
+    void* written;          // what it hands the next, where that is not pending; null: not kept, or the output
+    std::uint8_t* winners;  // like the pooled pixels: which of each four; null: not kept
 };
 
 // Where a layer's gradients go, each like what it belongs to; null where they are not wanted.
@@ -74,11 +75,18 @@ struct ChainBackward {
 
 class Chain {
   public:
-    // Throws std::invalid_argument where the layers do not fit each other.
+    // Throws std::invalid_argument where the layers do not fit each other. What is added is the chain's input or the
+    // activation of a layer, which then is written; it is added once.
     Chain(std::vector<ChainLayer> layers, std::int64_t groups);
 
     const std::vector<ChainLayer>& layers() const { return layers_; }
     const ConvolutionShape& first() const { return layers_.front().shape(); }
+    // Whether a layer hands the next one its activation written: something was added, or it is pooled, or added itself.
+    bool writes(std::size_t layer) const {
+        return layers_[layer].adds >= 0 || layers_[layer].max_pool || adder_[layer + 1] >= 0;
+    }
+    // Whether the gradient of its activation comes to a layer at the kink, and with the sums that a norm's needs.
+    bool gradient_has_sums(std::size_t layer) const;
     // Of each layer mean, variance, scale and shift: [4, G, C].
     std::int64_t statistics_floats() const;
 
@@ -87,6 +95,7 @@ class Chain {
 
   private:
     std::vector<ChainLayer> layers_;
+    std::vector<std::int64_t> adder_;  // of each layer, the one that adds its input, or -1; of the output -1
     std::int64_t groups_;
 };
 

@@ -73,6 +73,7 @@ struct ConvolutionForward {
 
 // The gradient of the input's pending activation: g = dL/d(scale*y + shift), or dL/d(activation) if that comes first,
 // and the sums that the layer before needs for its own gradients. With no scale, dL/dy.
+// Where the activation was `written` before it was read, the kink is told from that, and other gradients of it `added`.
 struct ConvolutionBackwardInput {
     ConvolutionShape shape;
     const void* grad_output;  // [N, H', W', Co]
@@ -82,7 +83,8 @@ struct ConvolutionBackwardInput {
     void* grad_input;      // [N, H, W, Ci]
     float* sum;            // [G, Ci] or null: Σg
     float* sum_deviation;  // [G, Ci] or null: Σg·(x − mean)
-    const void* added;     // with no scale: what is added to the gradient, like it, or null
+    const void* added;     // with no scale, or beside `written`: what is added to the gradient, like it, or null
+    const void* written;   // [N, H, W, Ci]: lrelu(scale*x + shift + what was added), or null
 };
 
 struct ConvolutionBackwardWeight {

@@ -78,7 +78,8 @@ enum class Output {
     activated,
     activated_first,
     affine_kink,
-    kink_affine
+    kink_affine,
+    written_kink
 };
 
 // make<T, kind>() of the type of the pixels, and the output.
@@ -100,6 +101,8 @@ auto for_output(Dtype dtype, Output kind, Make make) {
                 return make.template operator()<T, Output::affine_kink>();
             case Output::kink_affine:
                 return make.template operator()<T, Output::kink_affine>();
+            case Output::written_kink:
+                return make.template operator()<T, Output::written_kink>();
             default:
                 return make.template operator()<T, Output::plain>();
         }
@@ -120,6 +123,7 @@ struct Destination {
     const float* mean;          // backward: [G, channels] or null
     float negative_slope;       // forward: of the activation that the statistics come after
     bool streams;               // past the cache, where whole lines are written
+    const void *added, *written;  // backward, with a kink that is told from what was written
 };
 
 inline bool streams(const Destination& to, Dtype dtype, Index images) {
@@ -144,7 +148,8 @@ constexpr bool takes_statistics = kind == Output::statistics || kind == Output::
 template <Output kind>
 constexpr bool activates = kind == Output::activated || kind == Output::activated_first;
 template <Output kind>
-constexpr bool goes_backward = kind == Output::affine_kink || kind == Output::kink_affine;
+constexpr bool goes_backward =
+    kind == Output::affine_kink || kind == Output::kink_affine || kind == Output::written_kink;
 
 // What a forward pass writes.
 inline Output output_of(const OutputStatistics& statistics, const PendingActivation& activation) {
@@ -156,6 +161,7 @@ inline Output output_of(const OutputStatistics& statistics, const PendingActivat
 // What a backward pass writes, and what that is read beside.
 inline Output output_of(const ConvolutionBackwardInput& args) {
     if (!args.input.scale) return args.added ? Output::added : Output::plain;
+    if (args.written) return Output::written_kink;
     return args.input.activation_first ? Output::kink_affine : Output::affine_kink;
 }
 
@@ -167,15 +173,15 @@ inline Destination destination_of(const ConvolutionForward& args, Index step = 1
     const ConvolutionShape& s = args.shape;
     Destination to{args.output, s.out_height, s.out_width,     s.out_channels, s.batch / s.groups,
                    step,        args.bias,    args.activation, nullptr,        args.statistics.negative_slope,
-                   false};
+                   false,       nullptr,      nullptr};
     to.streams = streams(to, s.dtype, s.batch);
     return to;
 }
 
 inline Destination destination_of(const ConvolutionBackwardInput& args, Index step = 1) {
     const ConvolutionShape& s = args.shape;
-    Destination to{args.grad_input, s.height,  s.width, s.in_channels, s.batch / s.groups, step, nullptr,
-                   beside_of(args), args.mean, 1.0f,    false};
+    Destination to{args.grad_input, s.height,  s.width, s.in_channels, s.batch / s.groups, step,        nullptr,
+                   beside_of(args), args.mean, 1.0f,    false,         args.added,         args.written};
     to.streams = streams(to, s.dtype, s.batch);
     return to;
 }
@@ -189,6 +195,19 @@ inline Leaky leaky_of(const Destination& to) {
 template <Output kind>
 inline bool reads_pixels(const Destination& to) {
     return goes_backward<kind> || kind == Output::added || (activates<kind> && to.pending.stored);
+}
+
+// Fetches what is read beside the pixel at `position`.
+template <class T, Output kind, int locality>
+inline void fetch_beside(const Destination& to, Index position) {
+    const auto fetch = [&](const void* pixels) {
+        __builtin_prefetch(static_cast<const T*>(pixels) + position, 0, locality);
+    };
+    fetch(to.pending.stored);
+    if (kind == Output::written_kink) {
+        fetch(to.written);
+        if (to.added) fetch(to.added);
+    }
 }
 
 template <Output kind>
@@ -210,18 +229,22 @@ template <class T, Output kind, bool whole>
 inline __attribute__((always_inline)) Vector output_at(Vector value, const Destination& to, Index position, Leaky leaky,
                                                        const Channels& of, Vector& sum, Vector& square) {
     value += of.bias;
-    const auto stored = [&] {
-        const T* beside = static_cast<const T*>(to.pending.stored) + position;
-        return whole ? load_vector(beside) : load_lanes(beside, of.count);
+    const auto beside = [&](const void* pixels) {
+        const T* at = static_cast<const T*>(pixels) + position;
+        return whole ? load_vector(at) : load_lanes(at, of.count);
     };
-    if (kind == Output::added) value += stored();
+    if (kind == Output::added) value += beside(to.pending.stored);
     if (activates<kind>) {
-        const Vector shift = to.pending.stored ? of.shift + stored() : of.shift;
+        const Vector shift = to.pending.stored ? of.shift + beside(to.pending.stored) : of.shift;
         value = pending_activation<kind == Output::activated_first>(value, of.scale, shift, leaky);
     }
     if (goes_backward<kind>) {
-        const Vector x = stored();
-        if (kind == Output::affine_kink) {
+        const Vector x = beside(to.pending.stored);
+        if (kind == Output::written_kink) {
+            if (to.added) value += beside(to.added);
+            value = leaky_relu_grad(value, beside(to.written), leaky);
+            square += value * (x - of.mean);
+        } else if (kind == Output::affine_kink) {
             value = leaky_relu_grad(value, of.scale * x + of.shift, leaky);
             square += value * (x - of.mean);
         } else {
@@ -264,7 +287,7 @@ inline void write_run(const Destination& to, Index position, Index step, Index c
     Vector sum{}, square{};
     for (Index i = 0; i < count; ++i, position += step, products += products_row) {
         if (reads_pixels<kind>(to))  // a later run's, too far apart for the processor to foresee
-            __builtin_prefetch(static_cast<const T*>(to.pending.stored) + position + 3 * run_rows * step, 0, 2);
+            fetch_beside<T, kind, 2>(to, position + 3 * run_rows * step);
         const Vector value = output_at<T, kind, whole>(load_vector(products), to, position, leaky, own, sum, square);
         store_output<whole>(static_cast<T*>(to.pixels) + position, value, to, own.count);
     }

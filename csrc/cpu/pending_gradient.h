@@ -21,7 +21,8 @@ struct PendingGradient {
     float negative_slope;
     bool activation_first;
     bool training;               // batch statistics
-    void* grad;                  // [rows, C]: g; becomes dL/dy
+    const void* grad;            // [rows, C]: g
+    void* result;                // [rows, C]: dL/dy; may be `grad`
     const void* stored;          // [rows, C]: y
     const float* weight;         // γ: [C] or null: 1
     const float* mean;           // [G, C]

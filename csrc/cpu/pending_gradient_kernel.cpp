@@ -25,16 +25,17 @@ void prepare(const PendingGradient& args, float* workspace) {
 }
 
 template <bool activation_first, class T>
-void settle(const T* __restrict stored, Index rows, Index channels, const GradientCoefficients& of, Leaky leaky,
-            T* __restrict grad) {
+void settle(const T* __restrict stored, const T* grad, Index rows, Index channels, const GradientCoefficients& of,
+            Leaky leaky, T* result) {
     const float* __restrict scale = of.scale, * __restrict mean = of.mean;
     const float* __restrict mean_grad = of.mean_grad, * __restrict projection = of.projection;
     for (Index row = 0; row < rows; ++row)
+#pragma GCC ivdep
         for (Index c = 0; c < channels; ++c) {
             const Index at = row * channels + c;
             const float y = load(stored[at]), x = activation_first ? leaky(y) : y;
             const float value = scale[c] * (load(grad[at]) - mean_grad[c] - (x - mean[c]) * projection[c]);
-            store(&grad[at], activation_first ? leaky.grad(value, y) : value);
+            store(&result[at], activation_first ? leaky.grad(value, y) : value);
         }
 }
 
@@ -48,9 +49,9 @@ void run(const PendingGradient& args, int threads, float* workspace) {
         const Index begin = group_rows * thread / team, end = group_rows * (thread + 1) / team;
         for (Index group = 0; group < args.groups; ++group) {
             const Index at = (group * group_rows + begin) * args.channels;
-            settle<activation_first>(static_cast<const T*>(args.stored) + at, end - begin, args.channels,
-                                     GradientCoefficients(workspace, group, args.channels), Leaky(args.negative_slope),
-                                     static_cast<T*>(args.grad) + at);
+            settle<activation_first>(static_cast<const T*>(args.stored) + at, static_cast<const T*>(args.grad) + at,
+                                     end - begin, args.channels, GradientCoefficients(workspace, group, args.channels),
+                                     Leaky(args.negative_slope), static_cast<T*>(args.result) + at);
         }
     }
 }

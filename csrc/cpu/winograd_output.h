@@ -47,8 +47,7 @@ inline void write_tile(const Vector (&rows)[tile][points], const Destination& to
         if (reads_pixels<kind>(to))  // the next tile's, too far apart for the processor to foresee
             for (int y = 0; y < tile; ++y)
                 for (int x = 0; x < tile; ++x)
-                    prefetch(static_cast<const T*>(to.pending.stored) + corner + y * row_stride +
-                             (tile + x) * pixel_stride);
+                    fetch_beside<T, kind, 3>(to, corner + y * row_stride + (tile + x) * pixel_stride);
 #pragma GCC unroll 4
         for (int y = 0; y < tile; ++y) {
             Vector v[tile];

@@ -180,10 +180,55 @@ def _block(self, x):
     return self.act(out)
 
 
-def test_a_residual_block_is_one_step_after_its_input():
-    assert _lines(_block) == [1, 2]
-    line = _fuse(_block).lines[1]
-    assert [run.names for run in line.runs] == [("conv", "norm", "act"), ("up", "norm2", "act")]
+def test_a_residual_block_is_one_step_with_what_it_adds():
+    (line,) = _fuse(_block).lines
+    assert [run.names for run in line.runs] == [("norm", "act"), ("conv", "norm", "act"), ("up", "norm2", "act")]
+    assert line.adds == (None, None, 1)
+
+
+def _blocks(self, x):
+    x = self.act(self.norm(self.conv(x)))
+    x = self.act(self.norm2(self.up(x)) + x)
+    x = self.act(self.norm2(self.up(x)) + x)
+    return self.norm(self.conv(x))
+
+
+def _shortcut(self, x):
+    x = self.act(self.norm(self.conv(x)))
+    x = self.act(self.norm2(self.up(x)) + self.norm(self.conv(x)))
+    return self.act(self.norm2(self.up(x)) + x)
+
+
+def _read_twice(self, x):
+    x = self.act(self.norm(self.conv(x)))
+    return self.act(self.norm2(self.up(x)) + x), x
+
+
+def _added_twice(self, x):
+    x = self.act(self.norm(self.conv(x)))
+    y = self.act(self.norm2(self.up(x)) + x)
+    return self.act(self.norm2(self.up(y)) + x)
+
+
+def _written_between(self, x):
+    x = self.act(self.norm(self.conv(x)))
+    y = self.norm2(self.up(x))
+    x.mul_(2)
+    return self.act(y + x)
+
+
+@pytest.mark.parametrize(
+    ("forward", "adds"),
+    [
+        (_blocks, [(None, 1, 2, None)]),
+        (_shortcut, [(None,), (None,), (None, 1)]),  # the block with a shortcut adds what comes from outside
+        (_read_twice, [(None,), (0,)]),
+        (_added_twice, [(None,), (0, None)]),
+        (_written_between, [(None,)]),
+    ],
+)
+def test_blocks_that_follow_each_other_are_one_step(forward, adds):
+    assert [line.adds for line in _fuse(forward).lines] == adds
 
 
 def _disturbed(write):

@@ -20,6 +20,7 @@ from torch import fx, nn
 from ganvas.nn.line import Line
 from ganvas.nn.run import ACTIVATIONS, NORMS, PRODUCERS, Run, breaks_on_channels_last
 from ganvas.nn.tracing import IN_PLACE_OPERATORS, Trace, has_hooks
+from ganvas.ops.layers import Adds
 
 
 @dataclass(frozen=True, eq=False)
@@ -237,26 +238,51 @@ def _is_torchs(module: nn.Module) -> bool:
 
 
 def _lines(groups: list[Group], undisturbed: Callable[[Iterable[Group]], bool]) -> list[list[Group]]:
-    lines: list[list[Group]] = []
-    ending_in: dict[fx.Node, list[Group]] = {}
-    for group in groups:
-        line = ending_in.get(group.input)
-        if line is not None and len(group.input.users) == 1 and undisturbed([*line, group]):
-            del ending_in[group.input]
-        else:
-            line = []
-            lines.append(line)
-        line.append(group)
-        ending_in[group.nodes[-1]] = line
+    """Groups that follow each other; then blocks of them, of which each may add its input at its end."""
+    lines = _joined([[group] for group in groups], undisturbed)
+    while len(longer := _joined(lines, undisturbed)) < len(lines):
+        lines = longer
     return lines
+
+
+def _joined(lines: list[list[Group]], undisturbed: Callable[[Iterable[Group]], bool]) -> list[list[Group]]:
+    joined: list[list[Group]] = []
+    ending_in: dict[fx.Node, list[Group]] = {}
+    for line in lines:
+        input = line[0].input
+        before = ending_in.get(input)
+        if before is not None and _reads_alone(line, input) and undisturbed([*before, *line]):
+            del ending_in[input]
+            before += line
+        else:
+            joined.append(before := list(line))
+        ending_in[before[-1].nodes[-1]] = before
+    return joined
+
+
+def _reads_alone(line: list[Group], input: fx.Node) -> bool:
+    """Whether nothing else reads ``input``, which the line's first layer does; the line may add it, once."""
+    readers = set(input.users) - {line[0].nodes[0]}
+    if not readers:
+        return True
+    adding = [group.addition for group in line if group.residual is input]
+    return len(adding) == 1 and readers == set(adding)
+
+
+def _additions(members: list[Group]) -> Adds:
+    """Of a line's groups, the one whose input each adds, each of those once; None: none, or what the line is given."""
+    position = {group.input: i for i, group in enumerate(members)}
+    return tuple(None if group.residual is None else position.pop(group.residual, None) for group in members)
 
 
 def _replace(graph: fx.Graph, members: list[Group]) -> Line:
     """Puts one call of a line where the last of its nodes stands."""
-    line = Line(tuple(group.run for group in members))
+    adds = _additions(members)
+    line = Line(tuple(group.run for group in members), adds)
     nodes = [node for group in members for node in group.nodes]
+    residuals = (group.residual if added is None else None for group, added in zip(members, adds))
     with graph.inserting_after(nodes[-1]):
-        call = graph.call_function(line, (members[0].input, *(group.residual for group in members)))
+        call = graph.call_function(line, (members[0].input, *residuals))
     nodes[-1].replace_all_uses_with(call)
     for node in reversed(nodes):
         graph.erase_node(node)

@@ -22,22 +22,31 @@ from ganvas.nn.run import (
 )
 from ganvas.ops.chain import Chain, Layer
 from ganvas.ops.convolution import Geometry, symmetric_padding
+from ganvas.ops.layers import Adds
 
 
 class Stretch(NamedTuple):
     """Neighbouring runs that can be a chain, up to one that adds a residual; or a single run that cannot."""
 
-    positions: list[int]
+    positions: range
     chain: Chain | None
+    onward: Chain | None
+    """From the same run on, over those that add what is the chain's own; None where that is no more."""
 
 
 class Line:
-    """Runs that follow each other. What they were as layers of a chain is remembered until one of them changes."""
+    """Runs that follow each other. What they were as layers of a chain is remembered until one of them changes.
+
+    Args:
+        adds: of each run the one whose input it adds to its norm, before its activation; None: none, or what the line
+            is called with.
+    """
 
     __name__ = "fused"  # under which it appears in generated code
 
-    def __init__(self, runs: Sequence[Run]) -> None:
+    def __init__(self, runs: Sequence[Run], adds: Adds | None = None) -> None:
         self.runs = tuple(runs)
+        self.adds = adds or (None,) * len(self.runs)
         self._watches = [_Watch(run) for run in self.runs]
         self._known: _Known | None = None
 
@@ -46,24 +55,41 @@ class Line:
         runs = self.runs
         residuals = residuals or (None,) * len(runs)
         apart = _has_any_global_hook()
-        for positions, chain in self._stretches(residuals, statistics_groups):
+        inputs: dict[int, Tensor] = {}  # of runs: what is added begins a stretch
+        done = 0
+        for positions, chain, onward in self._stretches(residuals, statistics_groups):
+            start = positions[0]
+            if start < done:
+                continue
+            inputs[start] = input
+            if onward is not None and not apart:
+                last = start + len(onward.layers) - 1
+                chained = self._chained(onward, start, input, statistics_groups, residuals[last])
+                if chained is not None:
+                    input, done = chained, last + 1
+                    continue
             if chain is not None and not apart:
-                chained = self._chained(chain, positions, input, statistics_groups, residuals[positions[-1]])
+                added = self._added(positions[-1], residuals, inputs)
+                chained = self._chained(chain, start, input, statistics_groups, added)
                 if chained is not None:
                     input = chained
                     continue
             for i in positions:
-                input = runs[i](input, statistics_groups, residuals[i])
+                input = runs[i](input, statistics_groups, self._added(i, residuals, inputs))
         return input
 
+    def _added(self, i: int, residuals: Sequence[Tensor | None], inputs: dict[int, Tensor]) -> Tensor | None:
+        position = self.adds[i]
+        return residuals[i] if position is None else inputs[position]
+
     def _chained(
-        self, chain: Chain, positions: list[int], input: Tensor, statistics_groups: int, residual: Tensor | None
+        self, chain: Chain, start: int, input: Tensor, statistics_groups: int, residual: Tensor | None
     ) -> Tensor | None:
         """None where a chain would gain nothing."""
         prepared = chain.prepare(input, statistics_groups, residual)
         if prepared is None:
             return None
-        for i, layer in zip(positions, chain.layers):
+        for i, layer in enumerate(chain.layers, start):
             norm = self.runs[i].norm
             if norm is not None and norm.momentum is None:  # a cumulative average: of as many as there were before
                 *_, layer.momentum = norm_arguments(norm)
@@ -71,37 +97,61 @@ class Line:
         return chain.run(prepared, input, statistics_groups, residual)
 
     def _stretches(self, residuals: Sequence[Tensor | None], statistics_groups: int) -> Sequence[Stretch]:
-        adds = [residual is not None for residual in residuals]
+        given = [residual is not None for residual in residuals]
         if torch.compiler.is_compiling():  # a graph would be made again for what is remembered after it
-            return list(_cut(self.runs, [_layer(run, statistics_groups) for run in self.runs], adds))
+            return list(_cut([_layer(run, statistics_groups) for run in self.runs], self.runs, given, self.adds))
         layers = [watch.layer(statistics_groups) for watch in self._watches]
         known = self._known
-        if known is None or known.adds != adds or not all(map(is_, known.layers, layers)):
-            known = self._known = _Known(layers, adds, list(_cut(self.runs, layers, adds)))
+        if known is None or known.given != given or not all(map(is_, known.layers, layers)):
+            stretches = list(_cut(layers, self.runs, given, self.adds))
+            for k in range(len(stretches) - 1):
+                stretches[k] = stretches[k]._replace(onward=_onward(stretches[k:], layers, given, self.adds))
+            known = self._known = _Known(layers, given, stretches)
         return known.stretches
 
 
 class _Known(NamedTuple):
     layers: list[Layer | None]
-    adds: list[bool]
+    given: list[bool]
     stretches: list[Stretch]
 
 
-def _cut(runs: Sequence[Run], layers: Sequence[Layer | None], adds: Sequence[bool]) -> Iterator[Stretch]:
-    positions: list[int] = []
-    members: list[Layer] = []
+def _cut(layers: Sequence[Layer | None], runs: Sequence[Run], given: Sequence[bool], adds: Adds) -> Iterator[Stretch]:
+    start = 0  # of the stretch that is not cut yet
     for i, (run, layer) in enumerate(zip(runs, layers)):
-        chains = layer is not None and (run.norm is not None or not adds[i])
-        if chains:
-            positions.append(i)
-            members.append(layer)  # type: ignore[arg-type]
-        if positions and (adds[i] or not chains):
-            yield Stretch(positions, Chain(members))  # a residual is added to a chain's last layer
-            positions, members = [], []
+        adding = given[i] or adds[i] is not None
+        chains = layer is not None and (run.norm is not None or not adding)
+        if start < i and (i in adds or not chains):  # what is added is a chain's input
+            yield _chain(layers, start, i)
+            start = i
         if not chains:
-            yield Stretch([i], None)
-    if positions:
-        yield Stretch(positions, Chain(members))
+            yield Stretch(range(i, i + 1), None, None)
+        elif adding:  # to a chain's last layer
+            yield _chain(layers, start, i + 1)
+        if adding or not chains:
+            start = i + 1
+    if start < len(runs):
+        yield _chain(layers, start, len(runs))
+
+
+def _chain(layers: Sequence[Layer | None], start: int, end: int) -> Stretch:
+    return Stretch(range(start, end), Chain(layers[start:end]), None)  # type: ignore[arg-type]
+
+
+def _onward(
+    stretches: Sequence[Stretch], layers: Sequence[Layer | None], given: Sequence[bool], adds: Adds
+) -> Chain | None:
+    """The longest chain from the first stretch on."""
+    start = end = stretches[0].positions[0]
+    for positions, chain, _ in stretches:
+        if chain is None or any((added := adds[i]) is not None and added < start for i in positions):
+            break
+        end = positions[-1] + 1
+        if given[end - 1]:  # is added to the last layer
+            break
+    if end <= stretches[0].positions[-1] + 1 or any(added is not None and start < added < end for added in adds[end:]):
+        return None
+    return Chain(layers[start:end], tuple(None if added is None else added - start for added in adds[start:end]))  # type: ignore[arg-type]
 
 
 # What makes a layer of a run, beside tensors and hooks.

@@ -30,7 +30,7 @@ from ganvas.ops.chain_passes import (
 )
 from ganvas.ops.direct import holds, runs_as_operator, runs_directly
 from ganvas.ops.kernels import kernels_of
-from ganvas.ops.layers import Layer, by_layer
+from ganvas.ops.layers import Adds, Layer, by_layer
 from ganvas.ops.selection import choose
 
 __all__ = ["Chain", "Layer", "can_chain", "conv_bn_leaky_relu_chain"]
@@ -86,10 +86,16 @@ class Prepared:
 
 
 class Chain:
-    """Layers that run as one operation. What was found out about a shape is kept for the next input of that shape."""
+    """Layers that run as one operation. What was found out about a shape is kept for the next input of that shape.
 
-    def __init__(self, layers: Sequence[Layer]) -> None:
+    One that adds what it has itself (``adds``) runs in one native call forward and one backward, on a CPU, or not at
+    all; graphs of torch.compile have none such.
+    """
+
+    def __init__(self, layers: Sequence[Layer], adds: Adds | None = None) -> None:
         self.layers = tuple(layers)
+        self.adds = adds or (None,) * len(self.layers)
+        self._adds_own = any(added is not None for added in self.adds)
         self._parameters = [tensor for layer in self.layers for tensor in layer.tensors]
         self._moving = [tensor for layer in self.layers for tensor in layer.moving]
         self._tensors = [tensor for tensor in (*self._parameters, *self._moving) if tensor is not None]
@@ -106,6 +112,8 @@ class Chain:
         """None where the layers are to run one by one: see :func:`can_chain`."""
         if not (runs_directly(input) or runs_as_operator(input)):
             return None
+        if self._adds_own and input.device.type != "cpu":
+            return None
         if choose("conv_bn_leaky_relu", input, self.layers[0].backend) == "reference":
             return None
         if torch.compiler.is_compiling():  # no memory of what a graph was made of
@@ -113,15 +121,16 @@ class Chain:
         else:
             key = (
                 input.shape, input.device, _computed_dtype(input), statistics_groups, torch.get_num_threads(),
-                torch.is_grad_enabled(), rounds_float32(),
+                torch.is_grad_enabled(), rounds_float32(), torch.is_autocast_enabled(input.device.type),
             )  # fmt: skip
             prepared = self._prepared.get(key)
             if prepared is None or prepared.generation != tuning.generation or prepared.layouts != self._layouts():
                 prepared = self._examine(input, statistics_groups)
+                if prepared is None:
+                    prepared = Prepared(False, input.shape, None, self._layouts(), tuning.generation)
                 if len(self._prepared) >= _MOST_PREPARED:
                     self._prepared.clear()
-                if prepared is not None:
-                    self._prepared[key] = prepared
+                self._prepared[key] = prepared
         if prepared is None or not prepared.pays:
             return None
         if residual is not None:
@@ -137,6 +146,7 @@ class Chain:
         if torch.compiler.is_compiling():
             return chain_operators.call(input, residual, self.layers, statistics_groups)
         native = None if prepared is None else prepared.native
+        assert native is not None or not self._adds_own
         tensors = self._parameters
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, residual, *tensors)):
             return _ChainFunction.apply(input, residual, self, statistics_groups, native, *tensors)
@@ -162,7 +172,7 @@ class Chain:
         autocast = torch.is_autocast_enabled(device.type)
         convolutions = []
         shape = input.shape
-        for layer in self.layers:
+        for layer, added in zip(self.layers, self.adds):
             weight = layer.weight
             if shape[1] != layer.geometry.in_channels(weight.shape):
                 return None
@@ -170,6 +180,11 @@ class Chain:
                 return None
             convolutions.append((layer, shape))
             convolved = layer.convolved_shape(shape)
+            if added is not None:
+                if layer.negative_slope < 0 or convolutions[added][1] != convolved:
+                    return None  # as prepare() has it of a residual
+                if added > 0 and self.layers[added - 1].is_bare:
+                    return None
             if not holds(weight, weight.shape, device):
                 return None
             for values in (layer.bias, layer.bn_weight, layer.bn_bias, layer.running_mean, layer.running_var):
@@ -184,7 +199,9 @@ class Chain:
         pays = any(layer.max_pool or _is_native(layer, read, dtype) for layer, read in convolutions)
         if torch.compiler.is_compiling():
             return Prepared(pays, shape, None, [], 0)
-        native = kernels.native_chain(self.layers, input.shape, dtype, groups) if pays else None
+        native = kernels.native_chain(self.layers, input.shape, dtype, groups, self.adds) if pays else None
+        if self._adds_own:
+            pays = native is not None and (native.goes_backward or not torch.is_grad_enabled())
         return Prepared(pays, shape, native, self._layouts(), tuning.generation)
 
     def _layouts(self) -> Layouts:
@@ -218,10 +235,11 @@ class _ChainFunction(torch.autograd.Function):
             if layers[-1].is_bare:  # the output itself, over which others may write: backward does without
                 kept[-len(kept) // len(stages)] = None
         # The output tells the side of the kink: the residual itself is needed for second derivatives only.
-        result = output if residual is not None and layers[-1].negative_slope != 1.0 else None
+        adds = residual is not None or chain.adds[-1] is not None
+        result = output if adds and layers[-1].negative_slope != 1.0 else None
         ctx.save_for_backward(input, residual, result, *tensors, *kept)
-        ctx.layers, ctx.groups, ctx.native = layers, groups, native
-        ctx.residual_is_input = residual is not None and residual is input
+        ctx.layers, ctx.adds, ctx.groups, ctx.native = layers, chain.adds, groups, native
+        ctx.residual_is_input = residual is not None and residual is input and 0 not in chain.adds  # once
         ctx.only_graph_keeps = not _saved_tensors_are_hooked()
         return output
 
@@ -233,7 +251,7 @@ class _ChainFunction(torch.autograd.Function):
         tensors, kept = saved[:count], saved[count:]
         grads = None
         if torch.is_grad_enabled() or not runs_directly(grad_output):
-            grads = differentiable_backward(grad_output, input, residual, layers, ctx.groups, tensors)
+            grads = differentiable_backward(grad_output, input, residual, layers, ctx.groups, tensors, ctx.adds)
         elif native is not None:
             kept, statistics = kept[: native.kept_count], kept[native.kept_count]
             grads = native.backward(
@@ -247,7 +265,7 @@ class _ChainFunction(torch.autograd.Function):
             else:
                 stages = restored_all(layers, tensors, kept, statistics, ctx.groups)
             grads = run_backward(
-                grad_output, input, result, stages, layers, tensors, residual is not None, wants_input, wanted
+                grad_output, input, result, stages, layers, tensors, residual is not None, wants_input, wanted, ctx.adds
             )
         return grads.input, grads.residual, None, None, None, *grads.tensors
 

@@ -20,7 +20,7 @@ from ganvas.ops.batch_norm_leaky_relu import move_running_statistics, reference_
 from ganvas.ops.convolution import convolve, convolve_backward
 from ganvas.ops.direct import is_float32
 from ganvas.ops.kernels import kernels_of
-from ganvas.ops.layers import Gradients, Layer, Tensors, by_layer, moments_of
+from ganvas.ops.layers import Adds, Gradients, Layer, Tensors, by_layer, moments_of
 from ganvas.ops.pending import Pending, PendingGradient, fixed
 
 
@@ -29,7 +29,8 @@ class Stage(NamedTuple):
 
     pending: Pending
     written: Tensor | None = None
-    """The activation, where it does not stay pending: pooled (N, C, H // 2, W // 2), or no backward pass follows."""
+    """The activation, where it does not stay pending: pooled (N, C, H // 2, W // 2), added further on, or no backward
+    pass follows."""
     winners: Tensor | None = None  # of the pooling, which of each four, uint8
 
     @property
@@ -51,18 +52,18 @@ def restored(
     shift: Tensor,
     mean: Tensor,
     var: Tensor,
-    pooled: Tensor | None,
+    written: Tensor | None,
     winners: Tensor | None,
 ) -> Stage:
     """A layer's stage, from the tensors of it that were saved, in whatever memory layout they come back."""
-    stored, pooled, winners = map(_in_channels_last, (stored, pooled, winners))  # type: ignore[assignment]
+    stored, written, winners = map(_in_channels_last, (stored, written, winners))  # type: ignore[assignment]
     normalised = layer.batch_statistics is not None
     pending = Pending(
         stored, scale, shift, mean, var, float32(own.bn_weight), float32(own.bn_bias),
         layer.eps if normalised else 0.0, layer.negative_slope, layer.activation_first, bool(layer.batch_statistics),
         normalised,
     )  # fmt: skip
-    return Stage(pending, pooled, winners)
+    return Stage(pending, written, winners)
 
 
 def restored_all(
@@ -75,7 +76,7 @@ def restored_all(
     """The stages, of what a chain in one call leaves.
 
     Args:
-        kept: of each layer what was stored, what was pooled of it, and the winners.
+        kept: of each layer what was stored, what it handed on written, and the winners.
         moments: see :func:`ganvas.ops.layers.moments_of`.
     """
     return [
@@ -142,11 +143,13 @@ def run_backward(
     has_residual: bool,
     wants_input: bool,
     wanted: Sequence[bool],
+    adds: Adds | None = None,
 ) -> Gradients:
     """Gradients of a chain: of the residual wherever there is one, of ``tensors`` as ``wanted`` has it.
 
-    ``output`` tells the side of the last kink where a residual was added; None with a slope of 1.
+    ``output`` tells the side of the last kink where something was added; None with a slope of 1.
     """
+    adds = adds or (None,) * len(layers)
     last, size, of_layer = len(layers) - 1, len(Tensors._fields), by_layer(tensors)
     first_wanted = 0 if wants_input else next((i // size for i, want in enumerate(wanted) if want), last)
     befores = [Pending(checks.channels_last(input)), *(stage.output for stage in stages[:-1])]
@@ -154,6 +157,7 @@ def run_backward(
     grad: Tensor | None = grad_output
     raw: Tensor | PendingGradient
     sums, of_residual = None, None
+    of_added: dict[int, Tensor] = {}  # gradients of layers' inputs, from where those were added
     for i in reversed(range(first_wanted, len(layers))):
         layer, own, wants = layers[i], of_layer[i], wanted[size * i :][:size]
         assert grad is not None
@@ -161,16 +165,23 @@ def run_backward(
         chosen = _chosen_backward(
             layer, own, before.stored.shape, grad.dtype, i > first_wanted or wants_input, wants[0]
         )
-        if has_residual and i == last:
-            raw, of_bn_weight, of_bn_bias, of_residual = kernels_of(grad).activate_add_backward(
-                checks.channels_last(grad), output, stages[i].pending
+        added = adds[i]
+        if added is not None or (has_residual and i == last):
+            raw, of_bn_weight, of_bn_bias, of_sum = kernels_of(grad).activate_add_backward(
+                checks.channels_last(grad), output if i == last else stages[i].written, stages[i].pending
             )
+            if added is None:
+                of_residual = of_sum
+            else:
+                of_added[added] = of_sum
         else:
             settled = layer.activation_first and wants[1]  # of which the bias' gradient is the sum
             raw, of_bn_weight, of_bn_bias = _raw_gradient(
                 layer, own, stages[i], grad, sums, before.stored.shape, {} if settled else chosen
             )
         grad, sums, of_weight = _convolution_gradients(layer, own, raw, before, chosen)
+        if grad is not None and i in of_added:
+            grad = grad + of_added.pop(i)
         of_bias = _bias_gradient(layer, raw, of_bn_bias) if wants[1] else None
         for j, gradient in enumerate((of_weight, of_bias, of_bn_weight, of_bn_bias)):
             if wants[j] and gradient is not None and (tensor := own[j]) is not None:
@@ -333,14 +344,18 @@ def differentiable_backward(
     layers: Sequence[Layer],
     groups: int,
     tensors: Sequence[Tensor | None],
+    adds: Adds | None = None,
 ) -> Gradients:
     """All gradients through plain torch, which can be differentiated again (create_graph=True)."""
     again = torch.is_grad_enabled()
     with torch.enable_grad():
         # Views, each of which is used once: a tensor in two places, or made of another one, gets its share in each.
         input, residual, *tensors = (t if t is None else t.view_as(t) for t in (input, residual, *tensors))  # type: ignore[assignment]
-        output = input
-        for i, (layer, own) in enumerate(zip(layers, by_layer(tensors)), 1):
+        output, inputs = input, []
+        for i, (layer, own) in enumerate(zip(layers, by_layer(tensors))):
+            inputs.append(output)
+            position = adds[i] if adds else None
+            added = (residual if i == len(layers) - 1 else None) if position is None else inputs[position]
             output = convolve(output, *_of_dtype(own, output.dtype), layer.geometry)
             if layer.batch_statistics is None:
                 output = F.leaky_relu(output, layer.negative_slope)
@@ -350,7 +365,7 @@ def differentiable_backward(
                     training=layer.batch_statistics, momentum=0.0, eps=layer.eps, negative_slope=layer.negative_slope,
                     order="conv_act_bn" if layer.activation_first else "conv_bn_act",
                     statistics_groups=groups if layer.batch_statistics else 1,
-                    residual=residual if i == len(layers) else None,
+                    residual=added,
                 )  # fmt: skip
             if layer.max_pool:
                 output = F.max_pool2d(output, 2)

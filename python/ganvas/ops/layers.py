@@ -98,6 +98,13 @@ class Layer:
         return self.pooled_shape(self.convolved_shape(input))
 
 
+Adds = tuple[int | None, ...]
+"""Of a chain's layers, the one whose input each adds to its norm, before its activation; None: none.
+
+That input is the chain's, or a layer's activation, which then is written. It is added once, by a layer that has a norm,
+the activation after it, and no pooling."""
+
+
 def moments_of(moments: Tensor, layers: Sequence[Layer], groups: int) -> Iterator[Tensor]:
     """Of each layer mean, var, scale and shift, (4, G, C), from one piece of memory."""
     begin = 0

@@ -15,15 +15,16 @@ from ganvas.ops.backends.cpu.convolution import chosen_convolution
 from ganvas.ops.backends.cpu.kernels import NativeConvolution
 from ganvas.ops.backends.trial import Direction
 from ganvas.ops.direct import is_float32
-from ganvas.ops.layers import Gradients, Layer, Tensors, by_layer
+from ganvas.ops.layers import Adds, Gradients, Layer, Tensors, by_layer
 
 _NORMS = {None: native.Norm.none, False: native.Norm.fixed, True: native.Norm.batch}
 
 Kept = list[Tensor | None]
-"""For backward, of each layer: the convolution's output (None: it is the chain's), what was pooled of it (None: it is
-the chain's output, or nothing), and which of each four that was, uint8 (None: nothing)."""
+"""For backward, of each layer: the convolution's output (None: it is the chain's), what it handed on written, pooled or
+to be added (None: it is the chain's output, or nothing), and which of each four was pooled, uint8 (None: nothing)."""
 
 _PARAMETERS, _KEPT, _MOVING = len(Tensors._fields), 3, 3
+_DIRECTIONS: tuple[Direction, ...] = ("backward_input", "backward_weight")
 _READ = (torch.float32, torch.bfloat16, torch.int64)
 
 
@@ -32,17 +33,20 @@ class NativeChain:
 
     def __init__(
         self, layers: Sequence[Layer], convolutions: Sequence[NativeConvolution], input: torch.Size, dtype: torch.dtype,
-        groups: int,
+        groups: int, adds: Adds,
     ) -> None:  # fmt: skip
         self._layers, self._convolutions = layers, convolutions
-        self._dtype, self._groups = dtype, groups
+        self._dtype, self._groups, self._adds = dtype, groups, adds
         self._narrow = [layer.weight.dtype is torch.bfloat16 for layer in layers]
-        self._inputs, self._pooled = [], []
+        self._inputs = []
         for layer, convolution in zip(layers, convolutions):
             self._inputs.append(input)
-            self._pooled.append(layer.pooled_shape(convolution.output_shape) if layer.max_pool else None)
-            input = self._pooled[-1] or convolution.output_shape
+            input = layer.pooled_shape(convolution.output_shape)
         self._output = input
+        self._written = [
+            shape if layer.max_pool or adds[i] is not None or i + 1 in adds else None
+            for i, (layer, shape) in enumerate(zip(layers, (*self._inputs[1:], self._output)))
+        ]
         self._forward = self._chain([None] * len(layers), [None] * len(layers))
         self._backward: dict[tuple[bool, ...], native.Chain | None] = {}
         self._statistics = self._forward.statistics_floats
@@ -63,11 +67,11 @@ class NativeChain:
         parameters, running = self._readable(parameters), in_dtypes(moving, repeat(torch.float32))
         output, kept, statistics = empty_pixels(self._output, self._dtype), [], empty(self._statistics)
         if keep:
-            for layer, convolution, pooled in zip(self._layers, self._convolutions, self._pooled):
+            for layer, convolution, written in zip(self._layers, self._convolutions, self._written):
                 last = layer is self._layers[-1]
                 kept.append(None if last and layer.is_bare else convolution.output())
-                kept.append(None if last or pooled is None else empty_pixels(pooled, self._dtype))
-                kept.append(None if pooled is None else empty_pixels(pooled, torch.uint8))
+                kept.append(None if last or written is None else empty_pixels(written, self._dtype))
+                kept.append(empty_pixels(written, torch.uint8) if layer.max_pool and written is not None else None)
         self._forward.forward(
             input.data_ptr(), address(residual), _addresses(parameters), _addresses(running),
             [layer.momentum for layer in self._layers], _addresses(kept), statistics.data_ptr(), output.data_ptr(),
@@ -132,6 +136,15 @@ class NativeChain:
         return all(values is None or (values.dtype in _READ and values.is_contiguous()) for values in moving)
 
     @property
+    def goes_backward(self) -> bool:
+        """Whether native kernels take all gradients, but for the chain's input."""
+        return all(
+            self._chosen(i, direction) is not None
+            for i in range(len(self._layers))
+            for direction in _DIRECTIONS[0 if i else 1 :]
+        )
+
+    @property
     def kept_count(self) -> int:
         """Of the tensors that are kept for backward, beside the statistics."""
         return _KEPT * len(self._layers)
@@ -145,10 +158,10 @@ class NativeChain:
                     convolution.native, _native(into), _native(of_weight),
                     convolution.strides(layer.weight), layer.weight.numel() if narrow else 0,
                     _NORMS[layer.batch_statistics], layer.eps, layer.negative_slope, layer.activation_first,
-                    layer.max_pool,
+                    layer.max_pool, -1 if added is None else added,
                 )
-                for layer, narrow, convolution, into, of_weight in zip(
-                    self._layers, self._narrow, self._convolutions, backward_input, backward_weight
+                for layer, narrow, convolution, into, of_weight, added in zip(
+                    self._layers, self._narrow, self._convolutions, backward_input, backward_weight, self._adds
                 )
             ],
             self._groups,
@@ -202,7 +215,9 @@ class NativeChain:
         return True
 
 
-def native_chain(layers: Sequence[Layer], input: torch.Size, dtype: torch.dtype, groups: int) -> NativeChain | None:
+def native_chain(
+    layers: Sequence[Layer], input: torch.Size, dtype: torch.dtype, groups: int, adds: Adds | None = None
+) -> NativeChain | None:
     """For inputs of this shape; None where the layers have to be run one by one.
 
     That is where torch's convolution is the faster one forward, statistics lie where no kernel writes, or a weight that
@@ -221,7 +236,7 @@ def native_chain(layers: Sequence[Layer], input: torch.Size, dtype: torch.dtype,
             return None
         convolutions.append(convolution)
         shape = layer.output_shape(shape)
-    return NativeChain(layers, convolutions, input, dtype, groups)
+    return NativeChain(layers, convolutions, input, dtype, groups, adds or (None,) * len(layers))
 
 
 def _reads_directly(tensors: Tensors, narrow: bool) -> bool:

@@ -1,0 +1,107 @@
+"""Residual blocks that follow each other, of a converted network, as chains that add what is their own."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cifar_resnet import CifarBlock, CifarResNet
+
+pytest.importorskip("ganvas._native")
+
+from ganvas.nn import convert
+from ganvas.ops.chain import Chain
+from ganvas.ops.layers import Adds
+
+
+@pytest.fixture
+def chains(monkeypatch) -> list[Adds]:
+    """What the chains that were executed add of their own."""
+    executed: list[Adds] = []
+
+    def record(chain, *arguments):
+        executed.append(chain.adds)
+        return run(chain, *arguments)
+
+    run = Chain.run
+    monkeypatch.setattr(Chain, "run", record)
+    return executed
+
+
+def blocks(count: int = 2, width: int = 16) -> nn.Sequential:
+    """Smooth: a value next to a kink falls on different sides of it in any two libraries."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(CifarBlock(width, width, 1) for _ in range(count)))
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.constant_(module.bias, 6.0)
+    return model
+
+
+def image(*shape: int) -> Tensor:
+    return torch.randn(shape or (4, 16, 8, 8), generator=torch.Generator().manual_seed(2))
+
+
+TWO, FOUR = (None, 0, None, 2), (None, 0, None, 2, None, 4, None, 6)  # blocks
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_is_as_accurate_as_torchs(chains, step, assert_as_accurate, dtype, training):
+    model = blocks().to(dtype).train(training)
+    plain, exact = copy.deepcopy(model), copy.deepcopy(model).double()
+    convert(model)
+    x = image().to(dtype)
+    for _ in range(2):
+        assert_as_accurate(step(model, x), step(plain, x), step(exact, x.double()))
+    assert chains == [TWO, TWO]
+
+
+def test_a_resnet_is_a_chain_to_each_change_of_size(chains):
+    model = CifarResNet(3, 16).eval()
+    plain = copy.deepcopy(model)
+    convert(model)
+    with torch.no_grad():
+        torch.testing.assert_close(model(image(4, 3, 32, 32)), plain(image(4, 3, 32, 32)), rtol=1e-4, atol=1e-4)
+    adding = [adds for adds in chains if any(added is not None for added in adds)]
+    assert [sum(added is not None for added in adds) for adds in adding] == [3, 2, 2]
+
+
+def _group(model: nn.Sequential) -> None:
+    model[1].conv1 = nn.Conv2d(16, 16, 3, padding=1, groups=16, bias=False)
+
+
+def _reflect(model: nn.Sequential) -> None:
+    model[1].conv2.padding_mode = "reflect"
+
+
+def _hook(model: nn.Sequential) -> None:
+    model[1].bn1.register_forward_hook(lambda *_: None)
+
+
+def _cumulative(model: nn.Sequential) -> None:
+    for block in model:
+        block.bn2.momentum = None
+
+
+CHANGES: dict[str, tuple[Callable[[nn.Sequential], object], list[Adds]]] = {
+    "a convolution of torch's in the second": (_group, [(None, None), (None, None), TWO]),
+    "a padding that no kernel knows": (_reflect, [(None, None), (None,), TWO]),
+    "a hook": (_hook, [(None, None), (None,), TWO]),
+    "cumulative averages": (_cumulative, [FOUR]),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_cannot_be_in_one_chain_runs_in_parts(chains, step, assert_as_accurate, name):
+    change, expected = CHANGES[name]
+    model = blocks(4)
+    change(model)
+    plain, exact = copy.deepcopy(model), copy.deepcopy(model).double()
+    convert(model)
+    assert_as_accurate(step(model, image()), step(plain, image()), step(exact, image().double()))
+    assert chains == expected
