@@ -679,6 +679,18 @@ void join_parts(const Kernel& kernel, float* grad_weight, Index row, const float
     }
 }
 
+#if defined(__AVX512F__)
+// Whether products of pairs outweigh making those, which takes its time for every number of either factor. The harmonic
+// mean of the gradient's rows and columns tells.
+bool gradient_pays_in_pairs(const ConvolutionShape& s, const Relation& relation) {
+    constexpr Index least = 56;
+    const Index plain = relation.input_is_plain ? s.in_channels : s.out_channels;
+    const Index looked = relation.input_is_plain ? s.out_channels : s.in_channels;
+    const Index columns = s.rows.size * s.columns.size * looked;
+    return 2 * plain * columns >= least * (plain + columns);
+}
+#endif
+
 // Multiplications of the weight's gradient by a relation: its rows are channels of the plain map.
 Index gradient_cost(const ConvolutionShape& s, const Relation& relation) {
     constexpr Index whole = tile_rows<tile_vectors>;
@@ -761,7 +773,7 @@ void direct_backward_weight(const ConvolutionBackwardWeight& args, int threads) 
         if (gradient_cost(s, mirrored) < gradient_cost(s, relation)) relation = mirrored;
     }
 #if defined(__AVX512F__)
-    if (s.integers && has_bfloat16_products())
+    if (s.integers && has_bfloat16_products() && gradient_pays_in_pairs(s, relation))
         return weight_gradient<Elements::bfloat16_pairs>(args, relation, threads);
 #endif
     weight_gradient<Elements::floats>(args, relation, threads);

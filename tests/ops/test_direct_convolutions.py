@@ -129,7 +129,8 @@ AWKWARD = {
     "even maps, stride 2": Case(height=6, width=12, groups=2, geometry=STRIDE_2, pending="kink_affine"),
     "written pixels, stride 2": Case(height=9, width=10, geometry=STRIDE_2, pending="stored"),
     "bfloat16 tails": Case(in_channels=19, out_channels=21, height=6, width=10, dtype=torch.bfloat16, groups=2),
-    "written bfloat16": Case(in_channels=48, out_channels=64, pending="stored", dtype=torch.bfloat16),
+    "more bfloat16 tails": Case(in_channels=71, out_channels=75, height=6, width=10, dtype=torch.bfloat16, groups=2),
+    "written bfloat16": Case(in_channels=64, out_channels=80, pending="stored", dtype=torch.bfloat16),
     "odd groups of bfloat16": Case(
         images=1, in_channels=18, height=5, width=7, dtype=torch.bfloat16, groups=3, pending="kink_affine"
     ),
