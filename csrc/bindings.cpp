@@ -371,7 +371,8 @@ void chain_forward_(const Chain& chain, Address input, Address residual, const A
     require_address("input", input, alignment);
     require_address("output", output, alignment);
     require_address("statistics", statistics, alignof(float));
-    require(residual == 0 || chain.layers().back().adds < 0, "the last layer adds an input, and has no residual");
+    require(residual == 0 || chain.takes_residual(), "the last layer adds an input, and has no residual");
+    require(residual != 0 || !chain.wants_residual(), "a layer adds what is given; got no residual");
     const auto tensors = layer_tensors(chain, parameters, moving, momenta, kept);
     chain.forward({pointer<void>(input), pointer<void>(residual), pointer<float>(statistics), pointer<void>(output),
                    tensors.data()},

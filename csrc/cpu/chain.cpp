@@ -43,13 +43,14 @@ void require_fit(const ChainLayer& before, const ChainLayer& layer) {
             b.height, "×", b.width, " after one that puts out ", a.batch, "×", a.out_channels, "×", height, "×", width);
 }
 
-// Whether `layer`, the one at `position`, can add the input of the one that it names.
+// The layer at `position` can add what it names.
 void require_addition(const std::vector<ChainLayer>& layers, std::size_t position) {
     const ChainLayer& layer = layers[position];
-    require(layer.adds >= 0 && layer.adds <= static_cast<std::int64_t>(position), "layer ", position,
-            " adds the input of one that comes before, or its own; got ", layer.adds);
     require(layer.norm != Norm::none && !layer.activation_first && !layer.max_pool,
             "what a layer adds comes between its norm and its activation, and it does not pool");
+    if (layer.adds == ChainLayer::given) return;
+    require(layer.adds >= 0 && layer.adds <= static_cast<std::int64_t>(position), "layer ", position,
+            " adds the input of one that comes before, or its own; got ", layer.adds);
     const auto source = static_cast<std::size_t>(layer.adds);
     const ConvolutionShape &read = layers[source].shape(), &added = layer.shape();
     require(read.in_channels == added.out_channels && read.height == added.out_height && read.width == added.out_width,
@@ -197,9 +198,16 @@ Chain::Chain(std::vector<ChainLayer> layers, std::int64_t groups) : layers_(std:
     }
     for (std::size_t i = 1; i < layers_.size(); ++i) require_fit(layers_[i - 1], layers_[i]);
     adder_.assign(layers_.size() + 1, -1);
+    residual_layer_ = layers_.size() - 1;
+    int givens = 0;
     for (std::size_t i = 0; i < layers_.size(); ++i) {
-        if (layers_[i].adds == -1) continue;
+        if (layers_[i].adds == ChainLayer::nothing) continue;
         require_addition(layers_, i);
+        if (layers_[i].adds == ChainLayer::given) {
+            require(++givens == 1, "what is given is added once; got layers ", residual_layer_, " and ", i);
+            residual_layer_ = i;
+            continue;
+        }
         std::int64_t& adder = adder_[static_cast<std::size_t>(layers_[i].adds)];
         require(adder == -1, "an input is added once; got layers ", adder, " and ", i);
         adder = static_cast<std::int64_t>(i);
@@ -236,7 +244,7 @@ void Chain::forward(const ChainForward& call, int threads) const {
         const LayerTensors& tensors = stage.tensors;
         const auto i = static_cast<std::size_t>(&layer - layers_.data());
         const bool last = &layer == &layers_.back();
-        const void* residual = last ? call.residual : nullptr;
+        const void* residual = i == residual_layer_ ? call.residual : nullptr;
         if (layer.adds >= 0)
             residual = layer.adds == 0 ? call.input : inputs[static_cast<std::size_t>(layer.adds)].begin;
         const bool is_output = last && layer.is_bare();
@@ -300,6 +308,7 @@ void Chain::backward(const ChainBackward& call, int threads) const {
     std::size_t first = 0;
     if (!call.grad_input)
         while (first + 1 < count && !call.gradients[first].any()) ++first;
+    if (call.grad_residual) first = std::min(first, residual_layer_);
     std::vector<Stage<const float>> stages;
     stages.reserve(count);
     for_each_stage(layers_, call.layers, groups_, call.statistics,
@@ -345,8 +354,9 @@ void Chain::backward(const ChainBackward& call, int threads) const {
         } else if (!gradient_has_sums(i)) {
             const PixelMemory::Block result = memory.take(stored_bytes(layer));
             const std::int64_t adds = last && call.residual_is_input ? 0 : layer.adds;
-            const PixelMemory::Block residual = adds >= 0 ? memory.take(stored_bytes(layer))
-                                                          : PixelMemory::Block{last ? call.grad_residual : nullptr, 0};
+            const PixelMemory::Block residual =
+                adds >= 0 ? memory.take(stored_bytes(layer))
+                          : PixelMemory::Block{i == residual_layer_ ? call.grad_residual : nullptr, 0};
             const void* const grad = last ? call.grad_output : gradient.begin;
             const void* const output = last ? call.output : tensors.written;
             const void* const side = output ? output : grad;
@@ -363,13 +373,17 @@ void Chain::backward(const ChainBackward& call, int threads) const {
                 for (std::int64_t at = 0; at < groups_ * shape.out_channels; ++at)
                     of_bn_bias[at % shape.out_channels] += sum[at];
             } else {
-                const PixelMemory::Block result = layer.adds < 0 ? gradient : memory.take(stored_bytes(layer));
+                const PixelMemory::Block result =
+                    layer.adds == ChainLayer::nothing ? gradient : memory.take(stored_bytes(layer));
                 settle_pending_gradient(
                     {shape.dtype, rows_of(shape), shape.out_channels, groups_, layer.eps, layer.negative_slope,
                      layer.activation_first, training, gradient.begin, result.begin, tensors.stored, tensors.bn_weight,
                      stage.mean, stage.var, sum, sum_deviation, of_bn_weight, of_bn_bias},
                     threads);
-                if (layer.adds >= 0) added[static_cast<std::size_t>(layer.adds)] = gradient;
+                if (layer.adds >= 0)
+                    added[static_cast<std::size_t>(layer.adds)] = gradient;
+                else if (layer.adds == ChainLayer::given)
+                    memory.give(gradient);  // if it is not the residual's own place
                 gradient = result;
             }
         }
@@ -404,8 +418,10 @@ void Chain::backward(const ChainBackward& call, int threads) const {
         if (i == first && !call.grad_input) break;
         require(layer.backward_input != nullptr, "an input's gradient is asked for, but not made here");
         const bool summed = previous && gradient_has_sums(i - 1);
-        const PixelMemory::Block next =
-            i == 0 ? PixelMemory::Block{call.grad_input, 0} : memory.take(output_bytes(previous->layer));
+        const bool of_residual = summed && i - 1 == residual_layer_ && call.grad_residual;
+        const PixelMemory::Block next = i == 0        ? PixelMemory::Block{call.grad_input, 0}
+                                        : of_residual ? PixelMemory::Block{call.grad_residual, 0}
+                                                      : memory.take(output_bytes(previous->layer));
         layer.backward_input->backward_input(
             {layer.backward_input->grouped(summed ? groups_ : 1), raw, stage.weight(wide.first(), threads),
              summed ? previous->pending(previous->tensors.stored) : before, summed ? previous->mean : nullptr,

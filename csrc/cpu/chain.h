@@ -23,8 +23,10 @@ struct ChainLayer {
     Norm norm;
     float eps, negative_slope;
     bool activation_first;
-    bool max_pool;      // 2×2, with stride 2
-    std::int64_t adds;  // the layer whose input is added before the activation; -1: none
+    bool max_pool;  // 2×2, with stride 2
+    // What is added before the activation: the input of this layer, `nothing`, or what the chain is `given`.
+    std::int64_t adds;
+    static constexpr std::int64_t nothing = -1, given = -2;
 
     const ConvolutionShape& shape() const { return forward->shape; }
     // Whether nothing follows the convolution.
@@ -54,7 +56,7 @@ struct LayerGradients {
 
 struct ChainForward {
     const void* input;           // [N, H, W, C]
-    const void* residual;        // like the output, or null: added before the last layer's activation
+    const void* residual;        // or null: added by the layer that adds what is given, else by the last
     float* statistics;           // Chain::statistics_floats()
     void* output;                // the last layer's activation, pooled if it pools
     const LayerTensors* layers;  // of those before the last all are kept, or none
@@ -81,9 +83,12 @@ class Chain {
 
     const std::vector<ChainLayer>& layers() const { return layers_; }
     const ConvolutionShape& first() const { return layers_.front().shape(); }
+    // Whether there is a layer that adds what is given, and whether there can be.
+    bool wants_residual() const { return layers_[residual_layer_].adds == ChainLayer::given; }
+    bool takes_residual() const { return layers_[residual_layer_].adds < 0; }
     // Whether a layer hands the next one its activation written: something was added, or it is pooled, or added itself.
     bool writes(std::size_t layer) const {
-        return layers_[layer].adds >= 0 || layers_[layer].max_pool || adder_[layer + 1] >= 0;
+        return layers_[layer].adds != ChainLayer::nothing || layers_[layer].max_pool || adder_[layer + 1] >= 0;
     }
     // Whether the gradient of its activation comes to a layer at the kink, and with the sums that a norm's needs.
     bool gradient_has_sums(std::size_t layer) const;
@@ -96,6 +101,7 @@ class Chain {
   private:
     std::vector<ChainLayer> layers_;
     std::vector<std::int64_t> adder_;  // of each layer, the one that adds its input, or -1; of the output -1
+    std::size_t residual_layer_;       // that adds what is given
     std::int64_t groups_;
 };
 

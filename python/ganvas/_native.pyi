@@ -250,7 +250,7 @@ class Convolution:
 class Chain:
     """Layers in one call. Of each: its convolution forward and those of the gradients of input and weight, strides of
     the weight, numbers of one of bfloat16 (0: it is of float32), norm, eps, negative_slope, activation_first,
-    max_pool, and which layer's input it adds before the activation (-1: none).
+    max_pool, and which layer's input it adds before the activation (-1: none, -2: the residual).
     """
 
     def __init__(

@@ -15,7 +15,7 @@ pytest.importorskip("ganvas._native")
 
 from ganvas.nn import convert
 from ganvas.ops.chain import Chain
-from ganvas.ops.layers import Adds
+from ganvas.ops.layers import GIVEN, Adds
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def test_a_resnet_is_a_chain_to_each_change_of_size(chains):
     with torch.no_grad():
         torch.testing.assert_close(model(image(4, 3, 32, 32)), plain(image(4, 3, 32, 32)), rtol=1e-4, atol=1e-4)
     adding = [adds for adds in chains if any(added is not None for added in adds)]
-    assert [sum(added is not None for added in adds) for adds in adding] == [3, 2, 2]
+    assert [sum(added is not None for added in adds) for adds in adding] == [3, 3, 3]
 
 
 def _group(model: nn.Sequential) -> None:
@@ -105,3 +105,34 @@ def test_what_cannot_be_in_one_chain_runs_in_parts(chains, step, assert_as_accur
     convert(model)
     assert_as_accurate(step(model, image()), step(plain, image()), step(exact, image().double()))
     assert chains == expected
+
+
+class _Given(nn.Module):
+    """Two residuals from outside, and a block between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for i in range(4):
+            setattr(self, f"conv{i}", nn.Conv2d(16, 16, 3, padding=1, bias=False))
+            setattr(self, f"bn{i}", nn.BatchNorm2d(16))
+
+    def forward(self, x: Tensor, first: Tensor, last: Tensor) -> Tensor:
+        x = torch.relu(self.bn0(self.conv0(x)) + first)
+        x = torch.relu(self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x))))) + x)
+        return torch.relu(self.bn3(self.conv3(x)) + last)
+
+
+def test_one_residual_from_outside_is_in_a_chain(chains):
+    torch.manual_seed(0)
+    model = _Given()
+    plain = copy.deepcopy(model)
+    convert(model)
+    results = []
+    for one in (model, plain):
+        given = [image().mul_(scale).requires_grad_() for scale in (1, -1, 2)]
+        output = one(*given)
+        output.square().sum().backward()
+        results.append([output, *(tensor.grad for tensor in given), one.conv0.weight.grad])
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+    assert chains == [(GIVEN, None, 1), (None,)]

@@ -19,7 +19,7 @@ from ganvas.ops.backends import cpu
 from ganvas.ops.backends.cpu import chain as native_chains
 from ganvas.ops.backends.cpu.chain import NativeChain
 from ganvas.ops.chain import Chain, Layer, conv_bn_leaky_relu_chain
-from ganvas.ops.layers import Adds
+from ganvas.ops.layers import GIVEN, Adds
 
 
 @pytest.fixture(autouse=True)
@@ -53,6 +53,16 @@ def blocks_of(name: str, dtype: torch.dtype = torch.float32, **options) -> tuple
             [make(16, 16), *(make(16, 16, **options) for _ in range(2)), make(16, 24)], (None, 1, 2, None)
         ),
         "one in the other": lambda: ([*block(make(16, 16), 16), make(16, 16, **options)], (None, None, 2, 1)),
+        "a shortcut first": lambda: (
+            [make(16, 24), make(24, 16, **options), make(16, 20), make(20, 16, **options)], (None, GIVEN, None, 2)
+        ),
+        "a shortcut in between": lambda: (
+            [*block(make(16, 16), 24), make(16, 16, **options), make(16, 20)],
+            (None, None, 1, GIVEN, None),
+        ),
+        "a shortcut last": lambda: (
+            [*block(make(16, 16), 24), make(16, 16), make(16, 16, **options)], (None, None, 1, None, GIVEN)
+        ),
         "after given statistics": lambda: (block(make(16, 16, norm=False, bias=True), 24), (None, None, 1)),
         "after no norm": lambda: (block(make(16, 16, norm=None, bias=True), 24), (None, None, 1)),
         "after an activation before the norm": lambda: (
@@ -72,10 +82,16 @@ def blocks_of(name: str, dtype: torch.dtype = torch.float32, **options) -> tuple
 
 
 BLOCKS = (
-    "two blocks", "from the input on", "a layer after", "one convolution each", "one in the other",
-    "after given statistics", "after no norm", "after an activation before the norm", "after pooling",
-    "after a negative slope", "pooled in between", "1x1", "strides",
+    "two blocks", "from the input on", "a layer after", "one convolution each", "one in the other", "a shortcut first",
+    "a shortcut in between", "a shortcut last", "after given statistics", "after no norm",
+    "after an activation before the norm", "after pooling", "after a negative slope", "pooled in between", "1x1",
+    "strides",
 )  # fmt: skip
+
+
+def shortcut(adds: Adds, dtype: torch.dtype = torch.float32) -> Tensor | None:
+    """What is given, if a layer adds it; all of them put out as many pixels."""
+    return -image(dtype=dtype).flip(0) if GIVEN in adds else None
 
 
 def one_by_one(adds: Adds) -> Callable[..., Tensor]:
@@ -85,7 +101,8 @@ def one_by_one(adds: Adds) -> Callable[..., Tensor]:
         inputs = []
         for one, added in zip(layers, adds, strict=True):
             inputs.append(input)
-            input = conv_bn_leaky_relu_chain(input, [one], groups, None if added is None else inputs[added])
+            own = residual if added == GIVEN else None if added is None else inputs[added]
+            input = conv_bn_leaky_relu_chain(input, [one], groups, own)
         return input
 
     return run
@@ -93,7 +110,7 @@ def one_by_one(adds: Adds) -> Callable[..., Tensor]:
 
 def in_one(adds: Adds) -> Callable[..., Tensor]:
     def run(input: Tensor, layers: list[Layer], groups: int = 1, residual: Tensor | None = None) -> Tensor:
-        output = Chain(layers, adds)(input, groups)
+        output = Chain(layers, adds)(input, groups, residual)
         assert output is not None
         return output
 
@@ -112,16 +129,16 @@ def assert_close(got: dict[str, Tensor], expected: dict[str, Tensor], error: flo
 @pytest.mark.parametrize("name", BLOCKS)
 def test_a_step_with_residuals_of_its_own(name, slope, groups):
     layers, adds = blocks_of(name, slope=slope)
-    expected = everything(one_by_one(adds), image(), layers, groups)
-    assert_close(everything(in_one(adds), image(), layers, groups), expected, 2e-5)
+    expected = everything(one_by_one(adds), image(), layers, groups, shortcut(adds))
+    assert_close(everything(in_one(adds), image(), layers, groups, shortcut(adds)), expected, 2e-5)
 
 
 @pytest.mark.parametrize("name", [name for name in BLOCKS if "pool" not in name])  # of which bfloat16 makes ties
 def test_residuals_of_its_own_in_bfloat16_are_as_exact_as_one_by_one(name):
     layers, adds = blocks_of(name, torch.bfloat16)
     x = image(dtype=torch.bfloat16)
-    exact = everything(one_by_one(adds), x.float(), with_grad(layers, torch.float32))
-    ours, others = (everything(run(adds), x, layers) for run in (in_one, one_by_one))
+    exact = everything(one_by_one(adds), x.float(), with_grad(layers, torch.float32), 1, shortcut(adds))
+    ours, others = (everything(run(adds), x, layers, 1, shortcut(adds, torch.bfloat16)) for run in (in_one, one_by_one))
     assert ours.keys() == others.keys() == exact.keys()
     for name_, tensor in exact.items():
         assert ours[name_].dtype is others[name_].dtype, name_
@@ -134,8 +151,10 @@ def test_residuals_of_its_own_in_bfloat16_are_as_exact_as_one_by_one(name):
 def test_without_gradients_too(name, norm):
     layers, adds = blocks_of(name, norm=norm)
     with torch.no_grad():
-        expected = one_by_one(adds)(image(), with_grad(layers), 2)
-        torch.testing.assert_close(in_one(adds)(image(), with_grad(layers), 2), expected, rtol=1e-5, atol=1e-5)
+        expected = one_by_one(adds)(image(), with_grad(layers), 2, shortcut(adds))
+        torch.testing.assert_close(
+            in_one(adds)(image(), with_grad(layers), 2, shortcut(adds)), expected, rtol=1e-5, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("threads_", [1, 3])
@@ -161,6 +180,19 @@ def test_a_graph_that_is_retained_gives_the_same_gradients_again(name):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+def test_the_residual_alone_may_want_a_gradient():
+    layers, adds = blocks_of("a shortcut first")
+    everywhere = everything(in_one(adds), image(), layers, 1, shortcut(adds))
+    for made in ("native", "by layers"):
+        residual = shortcut(adds).requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: tensor, lambda tensor, made=made: tensor if made == "native" else tensor.contiguous()
+        ):
+            output = Chain(layers, adds)(image(), 1, residual)
+            output.backward(torch.randn(output.shape, generator=torch.Generator().manual_seed(1)))
+        torch.testing.assert_close(residual.grad, everywhere["grad of residual"], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("wanted", range(-1, 5))
 def test_what_is_wanted_alone_gets_the_same_gradient(wanted):
     """-1: the input; else a layer's γ, and nothing is asked of those before."""
@@ -178,7 +210,7 @@ def test_what_is_wanted_alone_gets_the_same_gradient(wanted):
 @pytest.mark.parametrize("name", BLOCKS)
 def test_backward_by_layers_where_what_was_saved_comes_back_in_another_layout(monkeypatch, name):
     layers, adds = blocks_of(name)
-    expected = everything(in_one(adds), image(), layers, 2)
+    expected = everything(in_one(adds), image(), layers, 2, shortcut(adds))
     made = []
     original = chain_passes.run_backward
     monkeypatch.setattr("ganvas.ops.chain.run_backward", lambda *a: made.append(a) or original(*a))
@@ -187,18 +219,18 @@ def test_backward_by_layers_where_what_was_saved_comes_back_in_another_layout(mo
         return tensor.contiguous()
 
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, unpacked):
-        got = everything(in_one(adds), image(), layers, 2)
+        got = everything(in_one(adds), image(), layers, 2, shortcut(adds))
     assert made
     assert_close(got, expected, 2e-5)
 
 
-@pytest.mark.parametrize("name", ["two blocks", "one in the other", "after no norm"])
+@pytest.mark.parametrize("name", ["two blocks", "one in the other", "a shortcut first", "after no norm"])
 def test_gradients_of_second_order(name):
     layers, adds = blocks_of(name)
     found = []
     for run in (in_one(adds), one_by_one(adds)):
         own, x = with_grad(layers), image().requires_grad_()
-        output = run(x, own)
+        output = run(x, own, 1, shortcut(adds))
         grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(2))
         (of_input,) = torch.autograd.grad(output, x, grad, create_graph=True)
         found.append([of_input, *torch.autograd.grad(of_input.square().sum(), [one.weight for one in own])])
@@ -285,13 +317,14 @@ def _layer(channels: int = 16, out: int = 16, adds: int = -1, **changes) -> tupl
     ("layers", "message"),
     [
         ([_layer(), _layer(adds=2)], "layer 1 adds the input of one that comes before, or its own; got 2"),
-        ([_layer(adds=-2)], "layer 0 adds the input of one that comes before, or its own; got -2"),
+        ([_layer(adds=-3)], "layer 0 adds the input of one that comes before, or its own; got -3"),
         ([_layer(adds=0, norm=native.Norm.none)], "between its norm and its activation"),
         ([_layer(adds=0, first=True)], "between its norm and its activation"),
         ([_layer(adds=0, pool=True)], "and it does not pool"),
         ([_layer(16, 24, adds=0)], "is like its output; got 16×8×8 for 24×8×8"),
         ([_layer(norm=native.Norm.none, slope=1.0), _layer(adds=1)], "is an activation, or the chain's input"),
         ([_layer(adds=0), _layer(adds=0)], "an input is added once; got layers 0 and 1"),
+        ([_layer(adds=GIVEN), _layer(adds=GIVEN)], "what is given is added once; got layers 0 and 1"),
     ],
 )
 def test_additions_that_do_not_fit_are_refused(layers, message):
@@ -303,6 +336,12 @@ def test_a_layer_that_adds_has_no_residual_beside():
     chain = native.Chain([_layer(adds=0, norm=native.Norm.fixed)], 1)
     with pytest.raises(ValueError, match="the last layer adds an input, and has no residual"):
         chain.forward(8, 8, [8, 0, 0, 0], [8, 8, 0], [0.1], [], 8, 8, 1)
+
+
+def test_what_is_given_has_to_be_given():
+    chain = native.Chain([_layer(adds=GIVEN, norm=native.Norm.fixed), _layer(norm=native.Norm.fixed)], 1)
+    with pytest.raises(ValueError, match="a layer adds what is given; got no residual"):
+        chain.forward(8, 0, [8, 0, 0, 0] * 2, [8, 8, 0] * 2, [0.1] * 2, [], 8, 8, 1)
 
 
 def test_what_is_added_has_to_be_kept():

@@ -22,7 +22,7 @@ from ganvas.nn.run import (
 )
 from ganvas.ops.chain import Chain, Layer
 from ganvas.ops.convolution import Geometry, symmetric_padding
-from ganvas.ops.layers import Adds
+from ganvas.ops.layers import GIVEN, Adds
 
 
 class Stretch(NamedTuple):
@@ -31,7 +31,10 @@ class Stretch(NamedTuple):
     positions: range
     chain: Chain | None
     onward: Chain | None
-    """From the same run on, over those that add what is the chain's own; None where that is no more."""
+    """From the same run on, over those that add what is the chain's own, and one that adds what is given.
+
+    None where that is no more.
+    """
 
 
 class Line:
@@ -63,10 +66,10 @@ class Line:
                 continue
             inputs[start] = input
             if onward is not None and not apart:
-                last = start + len(onward.layers) - 1
-                chained = self._chained(onward, start, input, statistics_groups, residuals[last])
+                given = residuals[start + onward.residual_layer]
+                chained = self._chained(onward, start, input, statistics_groups, given)
                 if chained is not None:
-                    input, done = chained, last + 1
+                    input, done = chained, start + len(onward.layers)
                     continue
             if chain is not None and not apart:
                 added = self._added(positions[-1], residuals, inputs)
@@ -146,12 +149,14 @@ def _onward(
     for positions, chain, _ in stretches:
         if chain is None or any((added := adds[i]) is not None and added < start for i in positions):
             break
-        end = positions[-1] + 1
-        if given[end - 1]:  # is added to the last layer
+        if any(given[start : positions[-1]]) and given[positions[-1]]:  # a chain adds one
             break
+        end = positions[-1] + 1
     if end <= stretches[0].positions[-1] + 1 or any(added is not None and start < added < end for added in adds[end:]):
         return None
-    return Chain(layers[start:end], tuple(None if added is None else added - start for added in adds[start:end]))  # type: ignore[arg-type]
+    own = [None if added is None else added - start for added in adds[start:end]]
+    adding = (GIVEN if is_given else added for is_given, added in zip(given[start:end], own))
+    return Chain(layers[start:end], tuple(adding))  # type: ignore[arg-type]
 
 
 # What makes a layer of a run, beside tensors and hooks.

@@ -30,7 +30,7 @@ from ganvas.ops.chain_passes import (
 )
 from ganvas.ops.direct import holds, runs_as_operator, runs_directly
 from ganvas.ops.kernels import kernels_of
-from ganvas.ops.layers import Adds, Layer, by_layer
+from ganvas.ops.layers import GIVEN, Adds, Layer, by_layer, residual_layer
 from ganvas.ops.selection import choose
 
 __all__ = ["Chain", "Layer", "can_chain", "conv_bn_leaky_relu_chain"]
@@ -76,7 +76,8 @@ class Prepared:
 
     pays: bool
     """Whether the layers should run as a chain."""
-    output_shape: torch.Size
+    residual_shape: torch.Size
+    """That what is added from outside has to be of."""
     native: Any
     """The chain in one call, if there is such a call: :class:`ganvas.ops.backends.cpu.chain.NativeChain`."""
     layouts: Layouts
@@ -88,13 +89,14 @@ class Prepared:
 class Chain:
     """Layers that run as one operation. What was found out about a shape is kept for the next input of that shape.
 
-    One that adds what it has itself (``adds``) runs in one native call forward and one backward, on a CPU, or not at
-    all; graphs of torch.compile have none such.
+    One that has ``adds`` runs in one native call forward and one backward, on a CPU, or not at all; graphs of
+    torch.compile have none such.
     """
 
     def __init__(self, layers: Sequence[Layer], adds: Adds | None = None) -> None:
         self.layers = tuple(layers)
         self.adds = adds or (None,) * len(self.layers)
+        self.residual_layer = residual_layer(self.adds)
         self._adds_own = any(added is not None for added in self.adds)
         self._parameters = [tensor for layer in self.layers for tensor in layer.tensors]
         self._moving = [tensor for layer in self.layers for tensor in layer.moving]
@@ -134,9 +136,10 @@ class Chain:
         if prepared is None or not prepared.pays:
             return None
         if residual is not None:
-            if not (holds(residual, prepared.output_shape, input.device) and residual.dtype is _computed_dtype(input)):
+            shape = prepared.residual_shape
+            if not (holds(residual, shape, input.device) and residual.dtype is _computed_dtype(input)):
                 return None  # torch broadcasts and promotes
-            if self.layers[-1].negative_slope < 0:
+            if self.layers[self.residual_layer].negative_slope < 0:
                 return None  # the output's sign would not tell the side of the kink
         return prepared
 
@@ -171,8 +174,8 @@ class Chain:
             return None
         autocast = torch.is_autocast_enabled(device.type)
         convolutions = []
-        shape = input.shape
-        for layer, added in zip(self.layers, self.adds):
+        shape = residual_shape = input.shape
+        for i, (layer, added) in enumerate(zip(self.layers, self.adds)):
             weight = layer.weight
             if shape[1] != layer.geometry.in_channels(weight.shape):
                 return None
@@ -180,7 +183,9 @@ class Chain:
                 return None
             convolutions.append((layer, shape))
             convolved = layer.convolved_shape(shape)
-            if added is not None:
+            if i == self.residual_layer:
+                residual_shape = convolved
+            if added is not None and added != GIVEN:
                 if layer.negative_slope < 0 or convolutions[added][1] != convolved:
                     return None  # as prepare() has it of a residual
                 if added > 0 and self.layers[added - 1].is_bare:
@@ -198,11 +203,11 @@ class Chain:
                 return None
         pays = any(layer.max_pool or _is_native(layer, read, dtype) for layer, read in convolutions)
         if torch.compiler.is_compiling():
-            return Prepared(pays, shape, None, [], 0)
+            return Prepared(pays, residual_shape, None, [], 0)
         native = kernels.native_chain(self.layers, input.shape, dtype, groups, self.adds) if pays else None
         if self._adds_own:
             pays = native is not None and (native.goes_backward or not torch.is_grad_enabled())
-        return Prepared(pays, shape, native, self._layouts(), tuning.generation)
+        return Prepared(pays, residual_shape, native, self._layouts(), tuning.generation)
 
     def _layouts(self) -> Layouts:
         return [(type(tensor), tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in self._tensors]
@@ -235,11 +240,12 @@ class _ChainFunction(torch.autograd.Function):
             if layers[-1].is_bare:  # the output itself, over which others may write: backward does without
                 kept[-len(kept) // len(stages)] = None
         # The output tells the side of the kink: the residual itself is needed for second derivatives only.
-        adds = residual is not None or chain.adds[-1] is not None
+        adds = chain.adds[-1] is not None or (residual is not None and chain.residual_layer == len(layers) - 1)
         result = output if adds and layers[-1].negative_slope != 1.0 else None
         ctx.save_for_backward(input, residual, result, *tensors, *kept)
         ctx.layers, ctx.adds, ctx.groups, ctx.native = layers, chain.adds, groups, native
-        ctx.residual_is_input = residual is not None and residual is input and 0 not in chain.adds  # once
+        once = not {0, GIVEN} & set(chain.adds)
+        ctx.residual_is_input = once and residual is not None and residual is input
         ctx.only_graph_keeps = not _saved_tensors_are_hooked()
         return output
 

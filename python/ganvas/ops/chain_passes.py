@@ -20,7 +20,7 @@ from ganvas.ops.batch_norm_leaky_relu import move_running_statistics, reference_
 from ganvas.ops.convolution import convolve, convolve_backward
 from ganvas.ops.direct import is_float32
 from ganvas.ops.kernels import kernels_of
-from ganvas.ops.layers import Adds, Gradients, Layer, Tensors, by_layer, moments_of
+from ganvas.ops.layers import GIVEN, Adds, Gradients, Layer, Tensors, by_layer, moments_of, residual_layer
 from ganvas.ops.pending import Pending, PendingGradient, fixed
 
 
@@ -152,6 +152,8 @@ def run_backward(
     adds = adds or (None,) * len(layers)
     last, size, of_layer = len(layers) - 1, len(Tensors._fields), by_layer(tensors)
     first_wanted = 0 if wants_input else next((i // size for i, want in enumerate(wanted) if want), last)
+    if has_residual:
+        first_wanted = min(first_wanted, residual_layer(adds))
     befores = [Pending(checks.channels_last(input)), *(stage.output for stage in stages[:-1])]
     grads: list[Tensor | None] = [None] * len(wanted)
     grad: Tensor | None = grad_output
@@ -166,11 +168,11 @@ def run_backward(
             layer, own, before.stored.shape, grad.dtype, i > first_wanted or wants_input, wants[0]
         )
         added = adds[i]
-        if added is not None or (has_residual and i == last):
+        if added is not None or (has_residual and i == residual_layer(adds)):
             raw, of_bn_weight, of_bn_bias, of_sum = kernels_of(grad).activate_add_backward(
                 checks.channels_last(grad), output if i == last else stages[i].written, stages[i].pending
             )
-            if added is None:
+            if added is None or added == GIVEN:
                 of_residual = of_sum
             else:
                 of_added[added] = of_sum
@@ -348,14 +350,17 @@ def differentiable_backward(
 ) -> Gradients:
     """All gradients through plain torch, which can be differentiated again (create_graph=True)."""
     again = torch.is_grad_enabled()
+    adds = adds or (None,) * len(layers)
     with torch.enable_grad():
         # Views, each of which is used once: a tensor in two places, or made of another one, gets its share in each.
         input, residual, *tensors = (t if t is None else t.view_as(t) for t in (input, residual, *tensors))  # type: ignore[assignment]
         output, inputs = input, []
         for i, (layer, own) in enumerate(zip(layers, by_layer(tensors))):
             inputs.append(output)
-            position = adds[i] if adds else None
-            added = (residual if i == len(layers) - 1 else None) if position is None else inputs[position]
+            position = adds[i]
+            added = inputs[position] if position is not None and position != GIVEN else None
+            if i == residual_layer(adds) and residual is not None:
+                added = residual
             output = convolve(output, *_of_dtype(own, output.dtype), layer.geometry)
             if layer.batch_statistics is None:
                 output = F.leaky_relu(output, layer.negative_slope)

@@ -98,11 +98,19 @@ class Layer:
         return self.pooled_shape(self.convolved_shape(input))
 
 
-Adds = tuple[int | None, ...]
-"""Of a chain's layers, the one whose input each adds to its norm, before its activation; None: none.
+GIVEN = -2
 
-That input is the chain's, or a layer's activation, which then is written. It is added once, by a layer that has a norm,
-the activation after it, and no pooling."""
+Adds = tuple[int | None, ...]
+"""Of a chain's layers, the one whose input each adds to its norm, before its activation; None: none, :data:`GIVEN`: the
+residual that the chain is called with, else the last layer's.
+
+An input is the chain's, or a layer's activation, which then is written. It is added once. The layer that adds has a
+norm, the activation after it, and no pooling."""
+
+
+def residual_layer(adds: Adds) -> int:
+    """The layer that adds what the chain is called with, if it is."""
+    return adds.index(GIVEN) if GIVEN in adds else len(adds) - 1
 
 
 def moments_of(moments: Tensor, layers: Sequence[Layer], groups: int) -> Iterator[Tensor]:

@@ -15,7 +15,7 @@ from ganvas.ops.backends.cpu.convolution import chosen_convolution
 from ganvas.ops.backends.cpu.kernels import NativeConvolution
 from ganvas.ops.backends.trial import Direction
 from ganvas.ops.direct import is_float32
-from ganvas.ops.layers import Adds, Gradients, Layer, Tensors, by_layer
+from ganvas.ops.layers import GIVEN, Adds, Gradients, Layer, Tensors, by_layer, residual_layer
 
 _NORMS = {None: native.Norm.none, False: native.Norm.fixed, True: native.Norm.batch}
 
@@ -113,7 +113,9 @@ class NativeChain:
         if chain is None or not self._lie_as_they_did(input, output, parameters, kept):
             return None
         grad_input = torch.empty_like(input) if wants_input else None
-        grad_residual = torch.empty_like(grad_output) if has_residual and not residual_is_input else None
+        grad_residual = None
+        if has_residual and not residual_is_input:
+            grad_residual = empty_pixels(self._convolutions[residual_layer(self._adds)].output_shape, self._dtype)
         read = self._readable(parameters)
         gradients = [
             torch.empty_like(tensor) if want and tensor is not None else None for tensor, want in zip(read, wanted)
@@ -169,6 +171,8 @@ class NativeChain:
 
     def _backward_chain(self, wants_input: bool, wanted: Sequence[bool]) -> native.Chain | None:
         first = 0 if wants_input else next((i // _PARAMETERS for i, want in enumerate(wanted) if want), 0)
+        if GIVEN in self._adds:
+            first = min(first, self._adds.index(GIVEN))
         into: list[NativeConvolution | None] = []
         of_weight: list[NativeConvolution | None] = []
         for i in range(len(self._layers)):
