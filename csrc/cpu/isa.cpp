@@ -84,6 +84,19 @@ bool has_bfloat16_tiles() {
     return selected_isa() == Isa::amx;
 }
 
+bool splits_wide_vectors() {
+#if defined(__x86_64__)
+    static const bool splits = [] {
+        unsigned a, b, c, d;
+        constexpr unsigned performance = 0x8000001A, half = 1u << 2, whole = 1u << 3;  // of AMD: FP256 and FP512
+        return __get_cpuid(performance, &a, &b, &c, &d) != 0 && (a & (half | whole)) == half;
+    }();
+    return splits;
+#else
+    return false;
+#endif
+}
+
 const bool processor_rounds_to_bfloat16 = [] {
 #if defined(__x86_64__)
     __builtin_cpu_init();

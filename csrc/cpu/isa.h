@@ -21,6 +21,9 @@ bool has_bfloat16_products();
 // Whether one adds products of 16×16 tiles of them (AMX), and the system lets this process use those.
 bool has_bfloat16_tiles();
 
+// Whether the processor does instructions of 512 bits in two halves (Zen 4): those that do more at once pay sooner.
+bool splits_wide_vectors();
+
 // Whether the processor rounds to bfloat16 in one instruction (AVX512-BF16 too). Of interest to AVX-512 kernels only; a
 // constant, for their inner loops.
 extern const bool processor_rounds_to_bfloat16;

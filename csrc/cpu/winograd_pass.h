@@ -21,7 +21,8 @@ constexpr Index block_input_bytes = 384 << 10;  // of the transformed input of a
 constexpr Index block_input_share = 9;
 constexpr Index block_tiles_least = 16;
 constexpr Index block_tiles_most = 48;
-constexpr Index integer_columns_least = 32;    // output channels: below, rounding the input costs more than it saves
+// Output channels: below, rounding the input costs more than it saves. The second for split vectors.
+constexpr Index integer_columns_least[] = {32, 24};
 constexpr Index own_weight_bytes = 640 << 10;  // of a transformed weight that each thread makes for itself: it costs
                                                // less than to fetch what another core has written
 constexpr Index wave_weight_bytes = 8 << 20;  // of a transformed weight: from here on waves are faster for so few tiles
@@ -289,7 +290,8 @@ void run(const Pass& pass, Index images, int threads, Finish finish) {
 template <int taps, int step, class Finish>
 void run(const Pass& pass, Index images, int threads, Finish finish) {
     if constexpr (lanes == 16)
-        if (pass.integers && pass.destination.channels >= integer_columns_least && has_int16_products())
+        if (pass.integers && pass.destination.channels >= integer_columns_least[splits_wide_vectors()] &&
+            has_int16_products())
             return run<taps, step, true>(pass, images, threads, finish);
     run<taps, step, false>(pass, images, threads, finish);
 }

@@ -20,8 +20,8 @@ constexpr Index tile_slice = 64;  // terms of a sum that are added up in one cha
 constexpr Index wave_bytes = 6 << 20, own_wave_bytes = 384 << 10;
 constexpr Index wave_tiles_least = 256, own_wave_tiles_least = 64;
 constexpr Index own_gradient_bytes = 4 << 20, own_tiles_least = 128;
-// Channels of each factor, their harmonic mean: below, rounding costs more than it saves.
-constexpr Index integer_channels_least = 48;
+// Channels of each factor, their harmonic mean: below, rounding costs more than it saves. The second for split vectors.
+constexpr Index integer_channels_least[] = {48, 24};
 // Tiles whose integers have a scale in common, and the largest of those: no sum overflows.
 constexpr Index run_tiles = 64;
 constexpr float v_limit = 8191.0f, d_limit = 4095.0f;
@@ -281,7 +281,7 @@ template <int taps, int step>
 void weight_gradient(const WeightGradient& args, Index images, int threads) {
     if constexpr (lanes == 16) {
         const Index depth = depth_of<step>(args.taps), columns = args.taps.columns;
-        const bool many = 2 * depth * columns >= integer_channels_least * (depth + columns);
+        const bool many = 2 * depth * columns >= integer_channels_least[splits_wide_vectors()] * (depth + columns);
         if (args.integers && many && has_int16_products())
             return weight_gradient<taps, step, true>(args, images, threads);
     }
