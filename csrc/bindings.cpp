@@ -301,16 +301,17 @@ void convolution_backward_weight_(const Convolution& convolution, std::int64_t g
                                 threads);
 }
 
-// forward, backward_input and backward_weight, strides of the weight, numbers of one of bfloat16, norm, eps,
-// negative_slope, activation_first, max_pool and adds.
+// forward, backward_input and backward_weight, strides of the weight, numbers of one of bfloat16, whether values per
+// channel are, norm, eps, negative_slope, activation_first, max_pool and adds.
 using LayerArguments =
     std::tuple<std::shared_ptr<Convolution>, std::shared_ptr<Convolution>, std::shared_ptr<Convolution>, Strides,
-               std::int64_t, Norm, float, float, bool, bool, std::int64_t>;
+               std::int64_t, bool, Norm, float, float, bool, bool, std::int64_t>;
 
 Chain make_chain(const std::vector<LayerArguments>& arguments, std::int64_t groups) {
     std::vector<ChainLayer> layers;
-    for (const auto& [forward, into, of_weight, strides, narrow, norm, eps, slope, first, pool, adds] : arguments)
-        layers.push_back({forward, into, of_weight, strides, narrow, norm, eps, slope, first, pool, adds});
+    for (const auto& [forward, into, of_weight, strides, narrow, values, norm, eps, slope, first, pool, adds] :
+         arguments)
+        layers.push_back({forward, into, of_weight, strides, narrow, values, norm, eps, slope, first, pool, adds});
     return Chain(std::move(layers), groups);
 }
 
@@ -327,9 +328,43 @@ const Address* of_layer(const char* name, const Addresses& addresses, std::size_
     return addresses.data() + count * layer;
 }
 
+// Values per channel as a chain has them, float32: in their own places, or for the time of a call in a copy of them.
+class ChannelValues {
+  public:
+    enum Use { read = 1, written = 2 };
+
+    // Of up to so many values per channel.
+    ChannelValues(const Chain& chain, std::size_t most) {
+        std::size_t count = 0;
+        for (const ChainLayer& layer : chain.layers()) count += layer.narrow_values ? most * channels(layer) : 0;
+        floats_.resize(count);
+    }
+    float* of(const ChainLayer& layer, Address address, int use) {
+        if (!layer.narrow_values || address == 0) return pointer<float>(address);
+        float* const copy = floats_.data() + used_;
+        used_ += channels(layer);
+        const auto count = static_cast<std::int64_t>(channels(layer));
+        if (use & read) reads_.push_back({pointer<void>(address), copy, count});
+        if (use & written) writes_.push_back({copy, pointer<void>(address), count});
+        return copy;
+    }
+    void fetch() const { convert(reads_, Dtype::float32, 1); }
+    void put_back() const { convert(writes_, Dtype::bfloat16, 1); }
+
+  private:
+    static std::size_t channels(const ChainLayer& layer) {
+        return static_cast<std::size_t>(layer.shape().out_channels);
+    }
+
+    std::vector<float> floats_;
+    std::size_t used_ = 0;
+    std::vector<Conversion> reads_, writes_;
+};
+
 // Without `moving` there are no running statistics, without `kept` nothing is kept.
 std::vector<LayerTensors> layer_tensors(const Chain& chain, const Addresses& parameters, const Addresses& moving,
-                                        const std::vector<float>& momenta, const Addresses& kept) {
+                                        const std::vector<float>& momenta, const Addresses& kept,
+                                        ChannelValues& values) {
     const std::size_t count = chain.layers().size(), alignment = element_size(chain.first().dtype);
     std::vector<LayerTensors> tensors;
     tensors.reserve(count);
@@ -338,13 +373,16 @@ std::vector<LayerTensors> layer_tensors(const Chain& chain, const Addresses& par
         LayerTensors own{};
         const Address* of = of_layer("parameters", parameters, parameter_count, i, count);
         require_address("weight", of[0], layer.narrow_weight ? 2 : 4);
-        own.weight = pointer<void>(of[0]), own.bias = pointer<float>(of[1]);
-        own.bn_weight = pointer<float>(of[2]), own.bn_bias = pointer<float>(of[3]);
+        own.weight = pointer<void>(of[0]);
+        own.bias = values.of(layer, of[1], ChannelValues::read);
+        own.bn_weight = values.of(layer, of[2], ChannelValues::read);
+        own.bn_bias = values.of(layer, of[3], ChannelValues::read);
         if (!moving.empty()) {
             of = of_layer("moving statistics", moving, moving_count, i, count);
             require((of[0] == 0) == (of[1] == 0), "running_mean and running_var go together");
             require(layer.norm != Norm::fixed || of[0] != 0, "fixed statistics must be given");
-            own.running_mean = pointer<float>(of[0]), own.running_var = pointer<float>(of[1]);
+            const int use = ChannelValues::read | (layer.norm == Norm::batch ? ChannelValues::written : 0);
+            own.running_mean = values.of(layer, of[0], use), own.running_var = values.of(layer, of[1], use);
             own.batches = pointer<std::int64_t>(of[2]);
             require(momenta.size() == count, "each layer has a momentum; got ", momenta.size(), " for ", count,
                     " layers");
@@ -373,10 +411,13 @@ void chain_forward_(const Chain& chain, Address input, Address residual, const A
     require_address("statistics", statistics, alignof(float));
     require(residual == 0 || chain.takes_residual(), "the last layer adds an input, and has no residual");
     require(residual != 0 || !chain.wants_residual(), "a layer adds what is given; got no residual");
-    const auto tensors = layer_tensors(chain, parameters, moving, momenta, kept);
+    ChannelValues values(chain, parameter_count + moving_count);
+    const auto tensors = layer_tensors(chain, parameters, moving, momenta, kept, values);
+    values.fetch();
     chain.forward({pointer<void>(input), pointer<void>(residual), pointer<float>(statistics), pointer<void>(output),
                    tensors.data()},
                   threads);
+    values.put_back();
 }
 
 void chain_backward_(const Chain& chain, Address grad_output, Address input, Address output,
@@ -389,17 +430,23 @@ void chain_backward_(const Chain& chain, Address grad_output, Address input, Add
     require_address("statistics", statistics, 4);
     require(!kept.empty(), "what forward kept is needed");
     require(!residual_is_input || grad_residual == 0, "the gradient of a residual that is the input has no place");
-    const auto tensors = layer_tensors(chain, parameters, {}, {}, kept);
+    ChannelValues values(chain, 2 * parameter_count);
+    const auto tensors = layer_tensors(chain, parameters, {}, {}, kept, values);
     std::vector<LayerGradients> wanted;
     wanted.reserve(count);
     for (std::size_t i = 0; i < count; ++i) {
         const Address* const of = of_layer("gradients", gradients, parameter_count, i, count);
-        wanted.push_back({pointer<void>(of[0]), pointer<float>(of[1]), pointer<float>(of[2]), pointer<float>(of[3])});
+        const ChainLayer& layer = chain.layers()[i];
+        wanted.push_back({pointer<void>(of[0]), values.of(layer, of[1], ChannelValues::written),
+                          values.of(layer, of[2], ChannelValues::written),
+                          values.of(layer, of[3], ChannelValues::written)});
     }
+    values.fetch();
     chain.backward({pointer<void>(grad_output), pointer<void>(input), pointer<void>(output), pointer<float>(statistics),
                     pointer<void>(grad_input), pointer<void>(grad_residual), residual_is_input, overwrites_kept,
                     tensors.data(), wanted.data()},
                    threads);
+    values.put_back();
 }
 
 void matrix_product_(std::int64_t rows, std::int64_t columns, std::int64_t depth, Address a,

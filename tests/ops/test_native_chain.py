@@ -421,7 +421,7 @@ def _convolution(channels: int = 16, out: int = 16, side: int = 8) -> native.Con
 def _layer(
     convolution: native.Convolution, norm: native.Norm = native.Norm.batch, max_pool: bool = False, adds: int = -1
 ) -> tuple:
-    return convolution, convolution, convolution, (144, 9, 3, 1), 0, norm, 1e-5, 0.2, False, max_pool, adds
+    return convolution, convolution, convolution, (144, 9, 3, 1), 0, False, norm, 1e-5, 0.2, False, max_pool, adds
 
 
 @pytest.mark.parametrize(

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import repeat
 
 import torch
 from torch import Tensor
 
 from ganvas import _native as native
 from ganvas.ops.backends.arguments import address, float32, pixel_strides
-from ganvas.ops.backends.cpu.arguments import convert, empty, empty_pixels, in_dtypes
+from ganvas.ops.backends.cpu.arguments import DTYPES, convert, empty, empty_pixels, in_dtypes
 from ganvas.ops.backends.cpu.convolution import chosen_convolution
 from ganvas.ops.backends.cpu.kernels import NativeConvolution
 from ganvas.ops.backends.trial import Direction
@@ -47,10 +46,10 @@ class NativeChain:
             shape if layer.max_pool or adds[i] is not None or i + 1 in adds else None
             for i, (layer, shape) in enumerate(zip(layers, (*self._inputs[1:], self._output)))
         ]
+        self._values, self._reads_all = _values_dtypes(layers)
         self._forward = self._chain([None] * len(layers), [None] * len(layers))
         self._backward: dict[tuple[bool, ...], native.Chain | None] = {}
         self._statistics = self._forward.statistics_floats
-        self._reads_all = all(_reads_directly(layer.tensors, narrow) for layer, narrow in zip(layers, self._narrow))
 
     def forward(
         self,
@@ -64,7 +63,8 @@ class NativeChain:
 
         Those are :func:`ganvas.ops.layers.moments_of`; in evaluation of no use to anyone.
         """
-        parameters, running = self._readable(parameters), in_dtypes(moving, repeat(torch.float32))
+        parameters = self._readable(parameters)
+        running = in_dtypes(moving, (dtype for dtype in self._values for _ in range(_MOVING)))
         output, kept, statistics = empty_pixels(self._output, self._dtype), [], empty(self._statistics)
         if keep:
             for layer, convolution, written in zip(self._layers, self._convolutions, self._written):
@@ -159,11 +159,12 @@ class NativeChain:
                 (
                     convolution.native, _native(into), _native(of_weight),
                     convolution.strides(layer.weight), layer.weight.numel() if narrow else 0,
-                    _NORMS[layer.batch_statistics], layer.eps, layer.negative_slope, layer.activation_first,
-                    layer.max_pool, -1 if added is None else added,
+                    values is torch.bfloat16, _NORMS[layer.batch_statistics], layer.eps, layer.negative_slope,
+                    layer.activation_first, layer.max_pool, -1 if added is None else added,
                 )
-                for layer, narrow, convolution, into, of_weight, added in zip(
-                    self._layers, self._narrow, self._convolutions, backward_input, backward_weight, self._adds
+                for layer, narrow, values, convolution, into, of_weight, added in zip(
+                    self._layers, self._narrow, self._values, self._convolutions, backward_input, backward_weight,
+                    self._adds,
                 )
             ],
             self._groups,
@@ -192,7 +193,7 @@ class NativeChain:
         return chosen_convolution(layer.geometry, layer.weight, self._inputs[i], self._dtype, direction, layer.backend)
 
     def _readable(self, parameters: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-        """As float32, but for weights of bfloat16, of which the native code has one at a time as float32."""
+        """As native code takes them, copies where they are of several dtypes."""
         if self._reads_all:
             return parameters
         dtypes = (
@@ -243,9 +244,26 @@ def native_chain(
     return NativeChain(layers, convolutions, input, dtype, groups, adds or (None,) * len(layers))
 
 
-def _reads_directly(tensors: Tensors, narrow: bool) -> bool:
-    weight, *values = tensors
-    return (narrow or weight.dtype is torch.float32) and all(value is None or is_float32(value) for value in values)
+def _values_dtypes(layers: Sequence[Layer]) -> tuple[list[torch.dtype], bool]:
+    """Of each layer the dtype of its values per channel, and whether native code reads all parameters where they are.
+
+    That is where those are of one dtype in a layer; where they are not in some layer, all are to be float32.
+    """
+    found = []
+    for layer in layers:
+        weight, *values = layer.tensors
+        given = [value for value in values if value is not None]
+        if weight.dtype not in DTYPES:
+            break
+        if all(map(is_float32, given)):
+            found.append(torch.float32)
+        elif all(value.dtype is torch.bfloat16 and value.is_contiguous() for value in given):
+            found.append(torch.bfloat16)
+        else:
+            break
+    else:
+        return found, True
+    return [torch.float32] * len(layers), False
 
 
 def _is_dense(tensor: Tensor) -> bool:
