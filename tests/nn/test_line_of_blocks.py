@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -14,6 +15,7 @@ from cifar_resnet import CifarBlock, CifarResNet
 pytest.importorskip("ganvas._native")
 
 from ganvas.nn import convert
+from ganvas.nn.run import Run
 from ganvas.ops.chain import Chain
 from ganvas.ops.layers import GIVEN, Adds
 
@@ -136,3 +138,23 @@ def test_one_residual_from_outside_is_in_a_chain(chains):
     for got, expected in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
     assert chains == [(GIVEN, None, 1), (None,)]
+
+
+def test_what_was_added_is_let_go(monkeypatch):
+    """Of blocks one by one, in evaluation, only what is still to be added is held."""
+    model = blocks(4).eval().double()
+    convert(model)
+    inputs: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+    run = Run.__call__
+
+    def record(one, input, *arguments):
+        inputs.append(weakref.ref(input))
+        alive.append(sum(tensor() is not None for tensor in inputs))
+        return run(one, input, *arguments)
+
+    monkeypatch.setattr(Run, "__call__", record)
+    with torch.no_grad():
+        model(image().double())
+    assert len(alive) == 8
+    assert max(alive) <= 3, "the model's own input, a block's and a layer's"

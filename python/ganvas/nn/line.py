@@ -58,32 +58,30 @@ class Line:
         runs = self.runs
         residuals = residuals or (None,) * len(runs)
         apart = _has_any_global_hook()
-        inputs: dict[int, Tensor] = {}  # of runs: what is added begins a stretch
+        inputs: dict[int, Tensor] = {}  # of runs, until they are added
         done = 0
         for positions, chain, onward in self._stretches(residuals, statistics_groups):
-            start = positions[0]
+            start, last = positions[0], positions[-1]
             if start < done:
                 continue
-            inputs[start] = input
             if onward is not None and not apart:
                 given = residuals[start + onward.residual_layer]
                 chained = self._chained(onward, start, input, statistics_groups, given)
                 if chained is not None:
                     input, done = chained, start + len(onward.layers)
                     continue
+            if start in self.adds:  # what is added begins a stretch, and ends one where it is
+                inputs[start] = input
+            position = self.adds[last]
+            added = residuals[last] if position is None else inputs.pop(position)
             if chain is not None and not apart:
-                added = self._added(positions[-1], residuals, inputs)
                 chained = self._chained(chain, start, input, statistics_groups, added)
                 if chained is not None:
                     input = chained
                     continue
             for i in positions:
-                input = runs[i](input, statistics_groups, self._added(i, residuals, inputs))
+                input = runs[i](input, statistics_groups, added if i == last else None)
         return input
-
-    def _added(self, i: int, residuals: Sequence[Tensor | None], inputs: dict[int, Tensor]) -> Tensor | None:
-        position = self.adds[i]
-        return residuals[i] if position is None else inputs[position]
 
     def _chained(
         self, chain: Chain, start: int, input: Tensor, statistics_groups: int, residual: Tensor | None
