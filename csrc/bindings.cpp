@@ -302,16 +302,17 @@ void convolution_backward_weight_(const Convolution& convolution, std::int64_t g
 }
 
 // forward, backward_input and backward_weight, strides of the weight, numbers of one of bfloat16, whether values per
-// channel are, norm, eps, negative_slope, activation_first, max_pool and adds.
+// channel are and whether running ones are, norm, eps, negative_slope, activation_first, max_pool and adds.
 using LayerArguments =
     std::tuple<std::shared_ptr<Convolution>, std::shared_ptr<Convolution>, std::shared_ptr<Convolution>, Strides,
-               std::int64_t, bool, Norm, float, float, bool, bool, std::int64_t>;
+               std::int64_t, bool, bool, Norm, float, float, bool, bool, std::int64_t>;
 
 Chain make_chain(const std::vector<LayerArguments>& arguments, std::int64_t groups) {
     std::vector<ChainLayer> layers;
-    for (const auto& [forward, into, of_weight, strides, narrow, values, norm, eps, slope, first, pool, adds] :
+    for (const auto& [forward, into, of_weight, strides, narrow, values, moving, norm, eps, slope, first, pool, adds] :
          arguments)
-        layers.push_back({forward, into, of_weight, strides, narrow, values, norm, eps, slope, first, pool, adds});
+        layers.push_back(
+            {forward, into, of_weight, strides, narrow, values, moving, norm, eps, slope, first, pool, adds});
     return Chain(std::move(layers), groups);
 }
 
@@ -336,11 +337,12 @@ class ChannelValues {
     // Of up to so many values per channel.
     ChannelValues(const Chain& chain, std::size_t most) {
         std::size_t count = 0;
-        for (const ChainLayer& layer : chain.layers()) count += layer.narrow_values ? most * channels(layer) : 0;
+        for (const ChainLayer& layer : chain.layers())
+            count += layer.narrow_values || layer.narrow_moving ? most * channels(layer) : 0;
         floats_.resize(count);
     }
-    float* of(const ChainLayer& layer, Address address, int use) {
-        if (!layer.narrow_values || address == 0) return pointer<float>(address);
+    float* of(const ChainLayer& layer, bool narrow, Address address, int use) {
+        if (!narrow || address == 0) return pointer<float>(address);
         float* const copy = floats_.data() + used_;
         used_ += channels(layer);
         const auto count = static_cast<std::int64_t>(channels(layer));
@@ -374,15 +376,16 @@ std::vector<LayerTensors> layer_tensors(const Chain& chain, const Addresses& par
         const Address* of = of_layer("parameters", parameters, parameter_count, i, count);
         require_address("weight", of[0], layer.narrow_weight ? 2 : 4);
         own.weight = pointer<void>(of[0]);
-        own.bias = values.of(layer, of[1], ChannelValues::read);
-        own.bn_weight = values.of(layer, of[2], ChannelValues::read);
-        own.bn_bias = values.of(layer, of[3], ChannelValues::read);
+        own.bias = values.of(layer, layer.narrow_values, of[1], ChannelValues::read);
+        own.bn_weight = values.of(layer, layer.narrow_values, of[2], ChannelValues::read);
+        own.bn_bias = values.of(layer, layer.narrow_values, of[3], ChannelValues::read);
         if (!moving.empty()) {
             of = of_layer("moving statistics", moving, moving_count, i, count);
             require((of[0] == 0) == (of[1] == 0), "running_mean and running_var go together");
             require(layer.norm != Norm::fixed || of[0] != 0, "fixed statistics must be given");
             const int use = ChannelValues::read | (layer.norm == Norm::batch ? ChannelValues::written : 0);
-            own.running_mean = values.of(layer, of[0], use), own.running_var = values.of(layer, of[1], use);
+            own.running_mean = values.of(layer, layer.narrow_moving, of[0], use);
+            own.running_var = values.of(layer, layer.narrow_moving, of[1], use);
             own.batches = pointer<std::int64_t>(of[2]);
             require(momenta.size() == count, "each layer has a momentum; got ", momenta.size(), " for ", count,
                     " layers");
@@ -437,9 +440,9 @@ void chain_backward_(const Chain& chain, Address grad_output, Address input, Add
     for (std::size_t i = 0; i < count; ++i) {
         const Address* const of = of_layer("gradients", gradients, parameter_count, i, count);
         const ChainLayer& layer = chain.layers()[i];
-        wanted.push_back({pointer<void>(of[0]), values.of(layer, of[1], ChannelValues::written),
-                          values.of(layer, of[2], ChannelValues::written),
-                          values.of(layer, of[3], ChannelValues::written)});
+        wanted.push_back({pointer<void>(of[0]), values.of(layer, layer.narrow_values, of[1], ChannelValues::written),
+                          values.of(layer, layer.narrow_values, of[2], ChannelValues::written),
+                          values.of(layer, layer.narrow_values, of[3], ChannelValues::written)});
     }
     values.fetch();
     chain.backward({pointer<void>(grad_output), pointer<void>(input), pointer<void>(output), pointer<float>(statistics),

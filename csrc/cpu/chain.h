@@ -20,7 +20,7 @@ struct ChainLayer {
     std::shared_ptr<const Convolution> backward_weight;  // likewise
     std::array<std::int64_t, 4> weight_strides;          // of the output's channels, the input's, rows and columns
     std::int64_t narrow_weight;                          // numbers of a bfloat16 weight, without gaps; 0: of float32
-    bool narrow_values;                                  // whether the caller's values per channel are bfloat16 too
+    bool narrow_values, narrow_moving;  // whether the caller's values per channel are bfloat16, running ones apart
     Norm norm;
     float eps, negative_slope;
     bool activation_first;

@@ -249,9 +249,9 @@ class Convolution:
 
 class Chain:
     """Layers in one call. Of each: its convolution forward and those of the gradients of input and weight, strides of
-    the weight, numbers of one of bfloat16 (0: it is of float32), whether values per channel are of bfloat16, norm, eps,
-    negative_slope, activation_first, max_pool, and which layer's input it adds before the activation (-1: none, -2: the
-    residual).
+    the weight, numbers of one of bfloat16 (0: it is of float32), whether values per channel are of bfloat16 and whether
+    running ones are, norm, eps, negative_slope, activation_first, max_pool, and which layer's input it adds before the
+    activation (-1: none, -2: the residual).
     """
 
     def __init__(
@@ -263,6 +263,7 @@ class Chain:
                 Convolution | None,
                 Sequence[int],
                 int,
+                bool,
                 bool,
                 Norm,
                 float,

@@ -309,7 +309,7 @@ def _layer(channels: int = 16, out: int = 16, adds: int = -1, **changes) -> tupl
     )
     options = {"norm": native.Norm.batch, "slope": 0.2, "first": False, "pool": False} | changes
     return (
-        convolution, convolution, convolution, (144, 9, 3, 1), 0, False, options["norm"], 1e-5, options["slope"],
+        convolution, convolution, convolution, (144, 9, 3, 1), 0, False, False, options["norm"], 1e-5, options["slope"],
         options["first"], options["pool"], adds,
     )  # fmt: skip
 

@@ -47,6 +47,7 @@ class NativeChain:
             for i, (layer, shape) in enumerate(zip(layers, (*self._inputs[1:], self._output)))
         ]
         self._values, self._reads_all = _values_dtypes(layers)
+        self._moving = [_moving_dtype(layer) for layer in layers]
         self._forward = self._chain([None] * len(layers), [None] * len(layers))
         self._backward: dict[tuple[bool, ...], native.Chain | None] = {}
         self._statistics = self._forward.statistics_floats
@@ -64,7 +65,7 @@ class NativeChain:
         Those are :func:`ganvas.ops.layers.moments_of`; in evaluation of no use to anyone.
         """
         parameters = self._readable(parameters)
-        running = in_dtypes(moving, (dtype for dtype in self._values for _ in range(_MOVING)))
+        running = in_dtypes(moving, (dtype for dtype in self._moving for _ in range(_MOVING)))
         output, kept, statistics = empty_pixels(self._output, self._dtype), [], empty(self._statistics)
         if keep:
             for layer, convolution, written in zip(self._layers, self._convolutions, self._written):
@@ -159,12 +160,12 @@ class NativeChain:
                 (
                     convolution.native, _native(into), _native(of_weight),
                     convolution.strides(layer.weight), layer.weight.numel() if narrow else 0,
-                    values is torch.bfloat16, _NORMS[layer.batch_statistics], layer.eps, layer.negative_slope,
-                    layer.activation_first, layer.max_pool, -1 if added is None else added,
+                    values is torch.bfloat16, moving is torch.bfloat16, _NORMS[layer.batch_statistics], layer.eps,
+                    layer.negative_slope, layer.activation_first, layer.max_pool, -1 if added is None else added,
                 )
-                for layer, narrow, values, convolution, into, of_weight, added in zip(
-                    self._layers, self._narrow, self._values, self._convolutions, backward_input, backward_weight,
-                    self._adds,
+                for layer, narrow, values, moving, convolution, into, of_weight, added in zip(
+                    self._layers, self._narrow, self._values, self._moving, self._convolutions, backward_input,
+                    backward_weight, self._adds,
                 )
             ],
             self._groups,
@@ -264,6 +265,13 @@ def _values_dtypes(layers: Sequence[Layer]) -> tuple[list[torch.dtype], bool]:
     else:
         return found, True
     return [torch.float32] * len(layers), False
+
+
+def _moving_dtype(layer: Layer) -> torch.dtype:
+    """In which native code reads running statistics, and moves them: their own where that is bfloat16, of both."""
+    mean, var, _ = layer.moving
+    both = mean is not None and var is not None and mean.dtype is var.dtype is torch.bfloat16
+    return torch.bfloat16 if both else torch.float32
 
 
 def _is_dense(tensor: Tensor) -> bool:
