@@ -28,8 +28,9 @@ def test_random_maps_are_as_accurate_as_torch(accuracy, threads, shape, mean, dt
     x = (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) + mean).to(dtype)
     x = x.contiguous(memory_format=torch.channels_last)
     exact, torchs = x.double().sum((0, 2, 3)), x.sum((0, 2, 3), dtype=torch.float32)
-    # Of the terms' sizes: a sum may cancel.
-    accuracy.check("sums", channel_sums(x), exact, torchs, exact, 2.0, x.double().abs().sum((0, 2, 3)))
+    # Of the terms' sizes: a sum may cancel. Up to 64 of them are added up one after the other, which makes one rounding
+    # of the result as a rule, and now and then two; torch's error may by chance be next to none.
+    accuracy.check("sums", channel_sums(x), exact, torchs, exact, 2.0, 3 * x.double().abs().sum((0, 2, 3)))
 
 
 def test_the_same_bits_each_time(threads):
