@@ -289,8 +289,8 @@ def test_where_a_convolution_is_torchs_it_does_not_pay(monkeypatch, direction):
     assert pays == (direction != "forward_with_statistics")
 
 
-def test_a_last_backward_pass_takes_no_more_memory_than_by_layers():
-    """One buffer more than without residuals: their gradient waits for the block's beginning."""
+def test_a_last_backward_pass_takes_at_most_two_buffers_more_than_without_residuals():
+    """Their gradient waits for the block's beginning, while another is settled."""
     layers, adds = blocks_of("two blocks")
     held = []
     for own in (None, adds):

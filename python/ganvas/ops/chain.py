@@ -97,7 +97,7 @@ class Chain:
         self.layers = tuple(layers)
         self.adds = adds or (None,) * len(self.layers)
         self.residual_layer = residual_layer(self.adds)
-        self._adds_own = any(added is not None for added in self.adds)
+        self._has_adds = any(added is not None for added in self.adds)
         self._parameters = [tensor for layer in self.layers for tensor in layer.tensors]
         self._moving = [tensor for layer in self.layers for tensor in layer.moving]
         self._tensors = [tensor for tensor in (*self._parameters, *self._moving) if tensor is not None]
@@ -114,7 +114,7 @@ class Chain:
         """None where the layers are to run one by one: see :func:`can_chain`."""
         if not (runs_directly(input) or runs_as_operator(input)):
             return None
-        if self._adds_own and input.device.type != "cpu":
+        if self._has_adds and input.device.type != "cpu":
             return None
         if choose("conv_bn_leaky_relu", input, self.layers[0].backend) == "reference":
             return None
@@ -149,7 +149,7 @@ class Chain:
         if torch.compiler.is_compiling():
             return chain_operators.call(input, residual, self.layers, statistics_groups)
         native = None if prepared is None else prepared.native
-        assert native is not None or not self._adds_own
+        assert native is not None or not self._has_adds
         tensors = self._parameters
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, residual, *tensors)):
             return _ChainFunction.apply(input, residual, self, statistics_groups, native, *tensors)
@@ -205,7 +205,7 @@ class Chain:
         if torch.compiler.is_compiling():
             return Prepared(pays, residual_shape, None, [], 0)
         native = kernels.native_chain(self.layers, input.shape, dtype, groups, self.adds) if pays else None
-        if self._adds_own:
+        if self._has_adds:
             pays = native is not None and (native.goes_backward or not torch.is_grad_enabled())
         return Prepared(pays, residual_shape, native, self._layouts(), tuning.generation)
 

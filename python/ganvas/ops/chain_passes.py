@@ -152,8 +152,7 @@ def run_backward(
     adds = adds or (None,) * len(layers)
     last, size, of_layer = len(layers) - 1, len(Tensors._fields), by_layer(tensors)
     first_wanted = 0 if wants_input else next((i // size for i, want in enumerate(wanted) if want), last)
-    if has_residual:
-        first_wanted = min(first_wanted, residual_layer(adds))
+    first_wanted = min(first_wanted, residual_layer(adds))
     befores = [Pending(checks.channels_last(input)), *(stage.output for stage in stages[:-1])]
     grads: list[Tensor | None] = [None] * len(wanted)
     grad: Tensor | None = grad_output
@@ -358,9 +357,10 @@ def differentiable_backward(
         for i, (layer, own) in enumerate(zip(layers, by_layer(tensors))):
             inputs.append(output)
             position = adds[i]
-            added = inputs[position] if position is not None and position != GIVEN else None
-            if i == residual_layer(adds) and residual is not None:
-                added = residual
+            if position is None or position == GIVEN:
+                added = residual if i == residual_layer(adds) else None
+            else:
+                added = inputs[position]
             output = convolve(output, *_of_dtype(own, output.dtype), layer.geometry)
             if layer.batch_statistics is None:
                 output = F.leaky_relu(output, layer.negative_slope)

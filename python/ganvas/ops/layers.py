@@ -99,6 +99,7 @@ class Layer:
 
 
 GIVEN = -2
+"""As native chains number it, beside the layers."""
 
 Adds = tuple[int | None, ...]
 """Of a chain's layers, the one whose input each adds to its norm, before its activation; None: none, :data:`GIVEN`: the

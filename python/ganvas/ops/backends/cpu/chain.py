@@ -14,7 +14,7 @@ from ganvas.ops.backends.cpu.convolution import chosen_convolution
 from ganvas.ops.backends.cpu.kernels import NativeConvolution
 from ganvas.ops.backends.trial import Direction
 from ganvas.ops.direct import is_float32
-from ganvas.ops.layers import GIVEN, Adds, Gradients, Layer, Tensors, by_layer, residual_layer
+from ganvas.ops.layers import Adds, Gradients, Layer, Tensors, by_layer, residual_layer
 
 _NORMS = {None: native.Norm.none, False: native.Norm.fixed, True: native.Norm.batch}
 
@@ -173,8 +173,7 @@ class NativeChain:
 
     def _backward_chain(self, wants_input: bool, wanted: Sequence[bool]) -> native.Chain | None:
         first = 0 if wants_input else next((i // _PARAMETERS for i, want in enumerate(wanted) if want), 0)
-        if GIVEN in self._adds:
-            first = min(first, self._adds.index(GIVEN))
+        first = min(first, residual_layer(self._adds))
         into: list[NativeConvolution | None] = []
         of_weight: list[NativeConvolution | None] = []
         for i in range(len(self._layers)):
