@@ -18,6 +18,7 @@
 #include "cpu/convolutions.h"
 #include "cpu/gan_loss.h"
 #include "cpu/isa.h"
+#include "cpu/kept_weights.h"
 #include "cpu/matrix_product.h"
 #include "cpu/max_pool.h"
 #include "cpu/pending_gradient.h"
@@ -237,7 +238,8 @@ void convolution_forward_(const Convolution& convolution, std::int64_t groups, A
                          pointer<void>(output),
                          {},
                          {pointer<void>(residual), pointer<float>(output_scale), pointer<float>(output_shift),
-                          output_negative_slope, output_activation_first}},
+                          output_negative_slope, output_activation_first},
+                         output_scale != 0},
                         threads);
 }
 
@@ -260,7 +262,8 @@ void convolution_forward_statistics_(const Convolution& convolution, std::int64_
          {pointer<float>(bn_weight), pointer<float>(bn_bias), eps, bn_activation_first, bn_negative_slope,
           pointer<float>(running_mean), pointer<float>(running_var), momentum, pointer<float>(mean),
           pointer<float>(var), pointer<float>(bn_scale), pointer<float>(bn_shift)},
-         {}},
+         {},
+         false},
         threads);
 }
 
@@ -608,6 +611,17 @@ void generator_loss_(Dtype dtype, GanLoss kind, Address fake, Address real, std:
                    threads);
 }
 
+std::size_t bytes_held() {
+    return workspace_bytes_held() + kept_weight_bytes();
+}
+
+std::size_t release_memory() {
+    const std::size_t bytes = bytes_held();
+    release_workspace();
+    release_kept_weights();
+    return bytes;
+}
+
 #if GANVAS_WITH_CUDA
 void discriminator_loss_cuda_(Dtype dtype, GanLoss kind, float label_smoothing, Address real, std::int64_t real_count,
                               Address fake, std::int64_t fake_count, Address grad_real, Address grad_fake, Address loss,
@@ -895,8 +909,10 @@ PYBIND11_MODULE(_native, module, py::mod_gil_not_used()) {
     module.def("settle_pending_gradient", settle_pending_gradient_, without_gil);
     module.def("discriminator_loss", discriminator_loss_, without_gil);
     module.def("generator_loss", generator_loss_, without_gil);
-    module.def("workspace_bytes_held", workspace_bytes_held, "scratch memory kept for later calls");
-    module.def("release_workspace", release_workspace, "gives that memory back to the system");
+    module.def("workspace_bytes_held", bytes_held,
+               "memory kept for later calls: scratch, and weights as kernels multiply by them");
+    module.def("release_workspace", release_memory, without_gil,
+               "gives that memory back to the system; the number of bytes");
 #if GANVAS_WITH_CUDA
     module.def("batch_norm_workspace_cuda", batch_norm_workspace_cuda_);
     module.def("batch_norm_leaky_relu_forward_cuda", batch_norm_leaky_relu_forward_cuda_, without_gil);

@@ -259,6 +259,7 @@ void Chain::forward(const ChainForward& call, int threads) const {
         args.weight = stage.weight(weight_copy.first(), threads);
         args.bias = tensors.bias;
         args.output = output;
+        args.evaluates = !kept && layer.norm != Norm::batch;
         if (layer.norm == Norm::batch) {
             args.statistics = {tensors.bn_weight,
                                tensors.bn_bias,

@@ -69,6 +69,7 @@ struct ConvolutionForward {
     // With a scale and no statistics: what is written instead of the raw output. Its `stored` is what is added before
     // the activation, like the output, or null.
     PendingActivation activation;
+    bool evaluates;  // nothing is trained: the next call's weight may well be the same
 };
 
 // The gradient of the input's pending activation: g = dL/d(scale*y + shift), or dL/d(activation) if that comes first,

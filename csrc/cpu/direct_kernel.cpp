@@ -14,6 +14,7 @@
 
 #include "convolutions.h"
 #include "direct_window.h"
+#include "kept_weights.h"
 #include "parallel.h"
 #include "workspace.h"
 
@@ -32,6 +33,8 @@ constexpr Index gradient_bytes = 512 << 10;     // of a part of the weight's gra
 constexpr Index gradient_rows = most_together;  // channels of the plain map that lie side by side
 constexpr Index left_pitch = gradient_rows + lanes, right_pitch = strip + lanes;  // words from pixel to pixel
 constexpr Index depth_least = 64, depth_most = 256;                               // pixels that are packed at a time
+constexpr Index kept_pixels_most = 4096;
+constexpr std::int64_t direct_form = 2;
 constexpr Index scattering_costs = 5;  // quarters of what gathering with as many multiplications does
 
 // The pixels of [first, last) in parts, each of one group.
@@ -245,6 +248,20 @@ struct Pass {
     Index images, groups;
     Dtype dtype;
     Output kind;
+    Index weight_numbers;  // of a weight whose packed form may be kept
+
+    // What the packed weight hangs on.
+    WeightForm form(bool gathers, Elements elements) const {
+        const Along &y = kernel.window.y, &x = kernel.window.x;
+        return {{direct_form, gathers, static_cast<Index>(elements), kernel.window.channels, kernel.plain_channels,
+                 kernel.plain, kernel.looked, kernel.row, kernel.column, y.count, y.tap, y.tap_step, x.count, x.tap,
+                 x.tap_step}};
+    }
+    // The packed weight, if it is kept: of few pixels, of which packing takes its share.
+    KeptWeight kept(bool gathers, Elements elements, std::size_t bytes, int threads) const {
+        const bool few = images * to.height * to.width <= kept_pixels_most;
+        return {kernel.values, few ? weight_numbers : 0, form(gathers, elements), bytes, threads};
+    }
 
     WriteRows write() const {
         return for_output(dtype, kind, []<class T, Output of>() -> WriteRows { return write_rows<T, of>; });
@@ -286,9 +303,11 @@ void gather(Pass pass, int threads, Finish finish) {
     const std::size_t coefficient_bytes = floats(pass.groups * pass.from.coefficient_floats());
     const std::size_t row_bytes = floats(packed ? 0 : blocks.rows * width);
     const std::size_t room = row_bytes + floats(blocks.rows * products_row);
+    KeptWeight kept = pass.kept(true, elements, weight_bytes, threads);
     Workspace workspace(weight_bytes + Workspace::padded(sum_bytes) + coefficient_bytes);
     const ThreadWorkspaces scratch(room, threads);
-    float* const weight = static_cast<float*>(workspace.take(weight_bytes));
+    float* const weight =
+        static_cast<float*>(kept.memory() ? static_cast<void*>(kept.memory()) : workspace.take(weight_bytes));
     const PartSums<PixelBlocks> sums{blocks, to.channels, static_cast<double*>(workspace.take(sum_bytes))};
     pass.from.set_coefficients(static_cast<float*>(workspace.take(coefficient_bytes)), pass.groups);
     const PackWords pack = pack_words_of<packing>(pass.dtype, pass.from.source.pixels);
@@ -304,8 +323,9 @@ void gather(Pass pass, int threads, Finish finish) {
         char* const own = scratch.of(thread);
         float* const rows = reinterpret_cast<float*>(own);
         float* const products = reinterpret_cast<float*>(own + row_bytes);
+        const Index items = kept.is_made() ? 0 : panels * pieces;
 #pragma omp for schedule(static)
-        for (Index item = 0; item < panels * pieces; ++item) {
+        for (Index item = 0; item < items; ++item) {
             const Index panel = item / pieces * tile_columns, piece = item % pieces, panel_columns = panel_width(panel);
             float* const words = weight + panel * depth;
             if (by_channels)
@@ -354,6 +374,7 @@ void gather(Pass pass, int threads, Finish finish) {
 #pragma omp barrier
         finish_slice(to, sums, finish, thread, team);
     }
+    kept.keep();
 }
 
 // Whether windows are few enough, and the weight lies as it must, for gather_few.
@@ -464,9 +485,11 @@ void scatter(Pass pass, int threads, Finish finish) {
     const std::size_t row_bytes = floats(packed ? 0 : most * width);
     const std::size_t product_bytes = larger(floats(most * columns), number_bytes);
     const std::size_t room = row_bytes + product_bytes + floats(bands.rows * row_floats + lanes);
+    KeptWeight kept = pass.kept(false, elements, weight_bytes, threads);
     Workspace workspace(weight_bytes + Workspace::padded(sum_bytes) + coefficient_bytes);
     const ThreadWorkspaces scratch(room, threads);
-    float* const weight = static_cast<float*>(workspace.take(weight_bytes));
+    float* const weight =
+        static_cast<float*>(kept.memory() ? static_cast<void*>(kept.memory()) : workspace.take(weight_bytes));
     const PartSums<Bands> sums{bands, to.channels, static_cast<double*>(workspace.take(sum_bytes))};
     pass.from.set_coefficients(static_cast<float*>(workspace.take(coefficient_bytes)), pass.groups);
     const PackWords pack = pack_words_of<packing>(pass.dtype, plain.source.pixels);
@@ -480,8 +503,9 @@ void scatter(Pass pass, int threads, Finish finish) {
         float* const rows = reinterpret_cast<float*>(own);
         float* const products = reinterpret_cast<float*>(own + row_bytes);
         float* const band_pixels = reinterpret_cast<float*>(own + row_bytes + product_bytes);
+        const Index packed_channels = kept.is_made() ? 0 : channels;
 #pragma omp for schedule(static)
-        for (Index k = 0; k < channels; k += lanes) pack_columns<elements>(kernel, k, depth, products, weight);
+        for (Index k = 0; k < packed_channels; k += lanes) pack_columns<elements>(kernel, k, depth, products, weight);
         for (Index band; (band = shares.take(thread)) >= 0;) {
             const Index top = bands.top(band), bottom = bands.bottom(band);
             __builtin_memset(band_pixels, 0, static_cast<std::size_t>((bottom - top) * row_floats) * sizeof(float));
@@ -512,6 +536,7 @@ void scatter(Pass pass, int threads, Finish finish) {
 #pragma omp barrier
         finish_slice(to, sums, finish, thread, team);
     }
+    kept.keep();
 }
 
 // Which map is plain, and how it meets the other.
@@ -558,7 +583,7 @@ Kernel kernel_of(const Relation& relation, const ConvolutionWeight& w, const Win
 // Calls finish as gather and scatter do.
 template <class Finish>
 void run(const ConvolutionShape& s, const Source& from, const Destination& to, const ConvolutionWeight& w,
-         const Relation& relation, bool from_input, Output kind, int threads, Finish finish) {
+         const Relation& relation, bool from_input, Output kind, Index weight_numbers, int threads, Finish finish) {
     const bool gathers = relation.input_is_plain != from_input;
     const Index looked_channels = relation.input_is_plain ? s.out_channels : s.in_channels;
     const Index plain_channels = relation.input_is_plain ? s.in_channels : s.out_channels;
@@ -567,7 +592,7 @@ void run(const ConvolutionShape& s, const Source& from, const Destination& to, c
     const Windowed windows =
         gathers ? Windowed{from, s.batch, window, to.height, to.width}
                 : Windowed{from, s.batch, {one_pixel, one_pixel, plain_channels}, from.height, from.width};
-    const Pass pass{windows, to, kernel, s.batch, s.groups, s.dtype, kind};
+    const Pass pass{windows, to, kernel, s.batch, s.groups, s.dtype, kind, weight_numbers};
 #if defined(__AVX512F__)
     // A pair of numbers is one of channels.
     if (s.integers && has_bfloat16_products() && windows.window.channels % 2 == 0)
@@ -757,12 +782,13 @@ void weight_gradient(const ConvolutionBackwardWeight& args, const Relation& rela
 
 void direct_forward(const ConvolutionForward& args, int threads) {
     run(args.shape, input_of(args), destination_of(args), args.weight, cheaper_relation(args.shape, true), true,
-        output_of(args.statistics, args.activation), threads, finish_of(args));
+        output_of(args.statistics, args.activation), args.evaluates ? dense_numbers(args.shape, args.weight) : 0,
+        threads, finish_of(args));
 }
 
 void direct_backward_input(const ConvolutionBackwardInput& args, int threads) {
     run(args.shape, grad_output_of(args), destination_of(args), args.weight, cheaper_relation(args.shape, false), false,
-        output_of(args), threads, finish_of(args));
+        output_of(args), 0, threads, finish_of(args));
 }
 
 void direct_backward_weight(const ConvolutionBackwardWeight& args, int threads) {

@@ -9,6 +9,7 @@
 
 #include <omp.h>
 
+#include "kept_weights.h"
 #include "winograd_factors.h"
 #include "winograd_output.h"
 #include "workspace.h"
@@ -28,6 +29,8 @@ constexpr Index own_weight_bytes = 640 << 10;  // of a transformed weight that e
 constexpr Index wave_weight_bytes = 8 << 20;  // of a transformed weight: from here on waves are faster for so few tiles
 constexpr Index wave_tiles_most = 96;         // (half as many as there are output channels, at most), and for any
                                               // where it takes half of the shared cache
+constexpr Index kept_tiles_most = 256;        // in evaluation: of more, the transformed weight is made in no time
+constexpr std::int64_t winograd_form = 1;
 constexpr Index wave_output_bytes = 900 << 10;  // of the products that a thread has in its cache
 
 // What one output phase is made of: where the first tap of its first output reads, and the taps.
@@ -54,6 +57,18 @@ struct Pass {
     Dtype dtype;
     bool integers;  // products may be of them
     Output kind;
+    ConvolutionWeight weight{};  // of `weight_numbers` numbers, of which
+    Index weight_numbers = 0;    // the form may be kept
+
+    // The transformed weight, if it is kept: of few tiles, of which to transform it takes its share.
+    KeptWeight kept(Index taps, bool of_integers, Index tiles, std::size_t bytes, int threads) const {
+        const Index numbers = tiles <= kept_tiles_most ? weight_numbers : 0;
+        WeightForm form{{winograd_form, taps, walk.step(), of_integers, walk.taps.channels, walk.taps.columns,
+                         weight.in, weight.out, weight.row, weight.column, walk.phase_count}};
+        for (Index phase = 0; numbers > 0 && phase < walk.phase_count; ++phase)
+            form.values[11 + phase] = walk.phases[phase].weight - weight.values;
+        return {weight.values, numbers, form, bytes, threads};
+    }
 };
 
 // The sums that write_block keeps of each part: one output phase of one block.
@@ -127,12 +142,13 @@ void run_blocks(const Pass& pass, const Tiles& tiles, const Blocks& blocks, int 
     Right<taps, step, integers> u(pass.walk.taps, columns, pass.walk.phase_count);
     const std::size_t sum_bytes = Parts::bytes(pass, blocks);
     const std::size_t u_bytes = u.bytes() + u.scale_bytes();
-    const bool shares_weight = u_bytes > own_weight_bytes;
+    KeptWeight kept = pass.kept(taps, integers, tiles.count, u_bytes, threads);
+    const bool shares_weight = kept.memory() || u_bytes > own_weight_bytes;
     const bool fetches = shared_cache_is_far() && static_cast<std::int64_t>(u_bytes) > core_cache_bytes() / 2;
     const std::size_t room = v.bytes() + v.scratch_bytes() + Workspace::padded(m.bytes());
-    Workspace workspace((shares_weight ? u_bytes : 0) + Workspace::padded(sum_bytes));
+    Workspace workspace((shares_weight && !kept.memory() ? u_bytes : 0) + Workspace::padded(sum_bytes));
     const ThreadWorkspaces scratch(room + (shares_weight ? 0 : u_bytes), threads);
-    if (shares_weight) u.place(static_cast<char*>(workspace.take(u_bytes)));
+    if (shares_weight) u.place(kept.memory() ? kept.memory() : static_cast<char*>(workspace.take(u_bytes)));
     const Parts parts{pass, tiles, blocks, static_cast<double*>(workspace.take(sum_bytes))};
     Shares shares(phased_blocks * splits, threads);
     const WriteBlock write = write_of<taps>(pass.dtype, pass.kind);
@@ -155,7 +171,9 @@ void run_blocks(const Pass& pass, const Tiles& tiles, const Blocks& blocks, int 
         };
         const Index scale_items = integers ? pass.walk.phase_count * panels : 0;
         const Index weight_items = pass.walk.phase_count * panels * pieces;
-        if (shares_weight) {
+        if (kept.is_made()) {
+            // There is nothing to do.
+        } else if (shares_weight) {
 #pragma omp for schedule(static)
             for (Index item = 0; item < scale_items; ++item) measure(item);
 #pragma omp for schedule(static)
@@ -190,6 +208,7 @@ void run_blocks(const Pass& pass, const Tiles& tiles, const Blocks& blocks, int 
 #pragma omp barrier
         finish_slice(to, parts, finish, thread, team);
     }
+    kept.keep();
 }
 
 // Few tiles and many channels: the weight is larger than everything else. All threads transform the tiles of some
@@ -299,8 +318,9 @@ void run(const Pass& pass, Index images, int threads, Finish finish) {
 template <int taps, int step>
 void forward(const ConvolutionForward& args, const Walk& walk, int threads) {
     const ConvolutionShape& s = args.shape;
-    const Pass pass{input_of(args), destination_of(args, walk.step()),          walk, s.groups, s.dtype,
-                    s.integers,     output_of(args.statistics, args.activation)};
+    Pass pass{input_of(args), destination_of(args, walk.step()),          walk, s.groups, s.dtype,
+              s.integers,     output_of(args.statistics, args.activation)};
+    if (args.evaluates) pass.weight = args.weight, pass.weight_numbers = dense_numbers(s, args.weight);
     run<taps, step>(pass, s.batch, threads, finish_of(args));
 }
 

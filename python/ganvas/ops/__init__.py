@@ -10,6 +10,7 @@ from ganvas.ops.batch_norm_leaky_relu import batch_norm_leaky_relu
 from ganvas.ops.conv_bn_leaky_relu import conv_bn_leaky_relu
 from ganvas.ops.gan_loss import DiscriminatorMetrics, discriminator_loss, generator_loss
 from ganvas.ops.linear import linear
+from ganvas.ops.memory import release_memory
 from ganvas.ops.selection import available_backends, explain
 
 __all__ = [
@@ -21,5 +22,6 @@ __all__ = [
     "explain",
     "generator_loss",
     "linear",
+    "release_memory",
     "tuning",
 ]
