@@ -138,8 +138,23 @@ def inference(name: str, dtype: torch.dtype, arguments: argparse.Namespace) -> I
             torch.compiler.reset()
             work = workloads.inference(model, batch, dtype, compiled=not arguments.no_compile)
             timings = _time(work.forward, arguments)
-            milliseconds = timings["ganvas"].seconds * 1e3
-            yield _row([work.name], [_ratio(timings, peer) for peer in peers], [f"{milliseconds:.2f}"])
+            yield _row([work.name], [_ratio(timings, peer) for peer in peers], [_milliseconds(timings)])
+
+
+def compiled(name: str, dtype: torch.dtype, arguments: argparse.Namespace) -> Iterator[str]:
+    """Models of ganvas under torch.compile beside themselves without it: their time through that, below 1 is faster."""
+    yield f"ganvas under torch.compile, time through ganvas' without it, {name}\n"
+    yield _header(["model"], ["compiled : uncompiled"], ["uncompiled ms"])
+    for model, batch in STEPS:
+        if arguments.shape in (None, model):
+            torch.compiler.reset()
+            step = _time(workloads.compiled_training_step(model, batch, dtype).step, arguments)
+            yield _row([f"{model} step, batch {batch}"], [_ratio(step, "compiled")], [_milliseconds(step)])
+    for model, batch in INFERENCE:
+        if arguments.shape in (None, model):
+            torch.compiler.reset()
+            timings = _time(workloads.compiled_inference(model, batch, dtype).forward, arguments)
+            yield _row([f"{model} inference, batch {batch}"], [_ratio(timings, "compiled")], [_milliseconds(timings)])
 
 
 def memory(name: str, dtype: torch.dtype, arguments: argparse.Namespace) -> Iterator[str]:
@@ -188,6 +203,10 @@ def _ratio(timings: dict[str, Timing], peer: str) -> str:
     return f"{1 / timing.speedup:.2f} ({low:.2f}–{high:.2f})"
 
 
+def _milliseconds(timings: dict[str, Timing]) -> str:
+    return f"{timings['ganvas'].seconds * 1e3:.2f}"
+
+
 def _header(left: list[str], middle: list[str], right: list[str]) -> str:
     names = [*left, *middle, *right]
     return "| " + " | ".join(names) + " |\n|" + "---|" * len(names)
@@ -197,7 +216,10 @@ def _row(left: list[str], middle: list[str], right: list[str]) -> str:
     return "| " + " | ".join([*left, *middle, *right]) + " |"
 
 
-SUITES = {"norm": norm, "loss": loss, "chains": chains, "steps": steps, "inference": inference, "memory": memory}
+SUITES = {
+    "norm": norm, "loss": loss, "chains": chains, "steps": steps, "inference": inference, "compiled": compiled,
+    "memory": memory,
+}  # fmt: skip
 
 if __name__ == "__main__":
     main()

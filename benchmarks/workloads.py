@@ -248,11 +248,7 @@ def training_step(name: str, batch: int, dtype: torch.dtype, *, compiled: bool) 
     candidates = _networks(name)
     if compiled:
         candidates["compile"] = [torch.compile(network) for network in copy.deepcopy(candidates["eager"])]
-    images = _images(name, batch)
-    labels = torch.arange(batch) % 10 if len(candidates["ganvas"]) == 1 else None
-    steps = {label: TrainingStep(candidate, dtype) for label, candidate in candidates.items()}
-    calls: dict[str, Call] = {label: functools.partial(step, images, labels) for label, step in steps.items()}
-    return Work(_title(name, batch), {}, calls)
+    return _training(name, batch, dtype, candidates)
 
 
 def inference(name: str, batch: int, dtype: torch.dtype, *, compiled: bool) -> Work:
@@ -261,6 +257,34 @@ def inference(name: str, batch: int, dtype: torch.dtype, *, compiled: bool) -> W
     networks = {label: network.eval() for label, (network,) in _networks(name).items()}
     if compiled:
         networks["compile"] = torch.compile(copy.deepcopy(networks["eager"]), options={"freezing": True})
+    return _evaluation(name, batch, dtype, networks)
+
+
+def compiled_training_step(name: str, batch: int, dtype: torch.dtype) -> Work:
+    """The step of :func:`training_step`, of ganvas' networks and of the same under ``torch.compile``."""
+    torch.manual_seed(0)
+    networks = _networks(name)["ganvas"]
+    compiled = [torch.compile(network) for network in copy.deepcopy(networks)]
+    return _training(name, batch, dtype, {"ganvas": networks, "compiled": compiled})
+
+
+def compiled_inference(name: str, batch: int, dtype: torch.dtype) -> Work:
+    """Likewise, of :func:`inference`."""
+    torch.manual_seed(0)
+    (network,) = _networks(name)["ganvas"]
+    network.eval()
+    return _evaluation(name, batch, dtype, {"ganvas": network, "compiled": torch.compile(copy.deepcopy(network))})
+
+
+def _training(name: str, batch: int, dtype: torch.dtype, candidates: dict[str, list[Any]]) -> Work:
+    images = _images(name, batch)
+    labels = torch.arange(batch) % 10 if len(candidates["ganvas"]) == 1 else None
+    steps = {label: TrainingStep(candidate, dtype) for label, candidate in candidates.items()}
+    calls: dict[str, Call] = {label: functools.partial(step, images, labels) for label, step in steps.items()}
+    return Work(_title(name, batch), {}, calls)
+
+
+def _evaluation(name: str, batch: int, dtype: torch.dtype, networks: dict[str, Any]) -> Work:
     images = _images(name, batch)
 
     def inference_of(network: nn.Module) -> Call:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import re
 
 import pytest
@@ -195,3 +196,22 @@ def test_converting_a_part_first_and_then_the_whole():
     report = convert(at_once)
     assert convert(model).fused == report.fused
     assert (convert(model).converted, convert(model).skipped) == ((), ())
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_copy_that_is_compiled_before_its_first_call_runs_the_same_operators(clone, training, monkeypatch):
+    model = CifarResNet(blocks=2, width=16)
+    convert(model)
+    copied = clone(model).train(training)
+    input = torch.randn(6, 3, 16, 16)
+    chains = []
+    native = pytest.importorskip("ganvas.ops.backends.cpu.chain").NativeChain
+    original = native.forward
+    monkeypatch.setattr(native, "forward", lambda chain, *a: chains.append(chain) or original(chain, *a))
+    torch._dynamo.reset()
+    output = torch.compile(copied, backend="aot_eager", fullgraph=True)(input)
+    of_copy = len(chains)
+    expected = torch.compile(model.train(training), backend="aot_eager", fullgraph=True)(input)
+    assert len(chains) == 2 * of_copy > 0
+    torch.testing.assert_close(output, expected)

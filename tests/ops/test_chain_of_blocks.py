@@ -14,12 +14,12 @@ from torch import Tensor
 pytest.importorskip("ganvas._native")
 
 from ganvas import _native as native
-from ganvas.ops import chain_passes
+from ganvas.ops import chain_operators, chain_passes
 from ganvas.ops.backends import cpu
 from ganvas.ops.backends.cpu import chain as native_chains
 from ganvas.ops.backends.cpu.chain import NativeChain
 from ganvas.ops.chain import Chain, Layer, conv_bn_leaky_relu_chain
-from ganvas.ops.layers import GIVEN, Adds
+from ganvas.ops.layers import GIVEN, Adds, decode_adds, encode
 
 
 @pytest.fixture(autouse=True)
@@ -254,6 +254,69 @@ def test_the_input_may_be_the_last_residual_besides():
         found.append([output, input.grad, *(one.weight.grad for one in own)])
     for got, expected in zip(*found, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_in_a_graph_it_computes_the_same(name):
+    layers, adds = blocks_of(name)
+    torch._dynamo.reset()
+    compiled = torch.compile(in_one(adds), backend="aot_eager", fullgraph=True)
+    expected = everything(in_one(adds), image(), layers, 2, shortcut(adds))
+    got = everything(compiled, image(), layers, 2, shortcut(adds))
+    moved = [key for key in expected if key.startswith("running")]  # by torch, not by the kernel
+    assert moved or all(not one.batch_statistics for one in layers)
+    for key, tensor in expected.items():
+        if key in moved:
+            torch.testing.assert_close(got[key], tensor, msg=key)
+        else:
+            assert torch.equal(got[key], tensor), key
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("slope", [0.2, 0.0])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_the_operator_does_without_the_one_call(monkeypatch, name, slope, grad):
+    layers, adds = blocks_of(name, slope=slope)
+
+    def operator(input: Tensor, own: list[Layer], groups: int, residual: Tensor | None) -> Tensor:
+        return torch.ops.ganvas.conv_bn_leaky_relu_chain(input, residual, *encode(own, adds), groups, grad)[0]
+
+    expected = everything(one_by_one(adds), image(), layers, 2, shortcut(adds))
+    monkeypatch.setattr(chain_operators, "_native_chain", lambda *_: None)
+    got = everything(operator, image(), layers, 2, shortcut(adds))
+    for key in [key for key in expected if key.startswith("running")]:
+        del expected[key], got[key]  # the operator's caller moves them
+    assert_close(got, expected, 2e-5)
+
+
+@pytest.mark.parametrize("name", ["two blocks", "a shortcut in between", "pooled in between", "from the input on"])
+def test_torch_agrees_on_what_the_operator_returns(name):
+    layers, adds = blocks_of(name)
+    encoded, residual = encode(with_grad(layers), adds), shortcut(adds)
+    operators = torch.ops.ganvas
+    torch.library.opcheck(
+        operators.conv_bn_leaky_relu_chain.default, (image().requires_grad_(), residual, *encoded, 1, True)
+    )
+    with torch.no_grad():
+        output, moments, stored = operators.conv_bn_leaky_relu_chain(image(), residual, *encoded, 1, True)
+    result = output if adds[-1] is not None else None
+    parameters = [parameter.detach() for parameter in encoded.parameters]
+    arguments = (
+        torch.randn_like(output), image(), result, parameters, moments, stored, encoded.integers, encoded.reals,
+        residual is not None, True, [True] * len(parameters),
+    )  # fmt: skip
+    torch.library.opcheck(
+        operators.conv_bn_leaky_relu_chain_backward.default,
+        arguments,
+        test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_static"),
+    )
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_what_layers_add_is_encoded_with_them(name):
+    layers, adds = blocks_of(name)
+    assert decode_adds(encode(layers, adds).integers) == adds
+    assert decode_adds(encode(layers).integers) == (None,) * len(layers)
 
 
 def changed(layers: list[Layer], at: int, **changes) -> list[Layer]:

@@ -100,15 +100,19 @@ class Line:
     def _stretches(self, residuals: Sequence[Tensor | None], statistics_groups: int) -> Sequence[Stretch]:
         given = [residual is not None for residual in residuals]
         if torch.compiler.is_compiling():  # a graph would be made again for what is remembered after it
-            return list(_cut([_layer(run, statistics_groups) for run in self.runs], self.runs, given, self.adds))
+            return self._cut_up([_layer(run, statistics_groups) for run in self.runs], given)
         layers = [watch.layer(statistics_groups) for watch in self._watches]
         known = self._known
         if known is None or known.given != given or not all(map(is_, known.layers, layers)):
-            stretches = list(_cut(layers, self.runs, given, self.adds))
-            for k in range(len(stretches) - 1):
-                stretches[k] = stretches[k]._replace(onward=_onward(stretches[k:], layers, given, self.adds))
-            known = self._known = _Known(layers, given, stretches)
+            known = self._known = _Known(layers, given, self._cut_up(layers, given))
         return known.stretches
+
+    def _cut_up(self, layers: list[Layer | None], given: list[bool]) -> list[Stretch]:
+        stretches = list(_cut(layers, self.runs, given, self.adds))
+        return [
+            Stretch(positions, chain, _onward(stretches[k:], layers, given, self.adds))
+            for k, (positions, chain, _) in enumerate(stretches)
+        ]
 
 
 class _Known(NamedTuple):

@@ -39,6 +39,8 @@ class TracedForward(BoundForward):
     def __init__(self, module: nn.Module) -> None:
         self._module = weakref.ref(module)
         self._variants: list[Variant] = []
+        self._key = str(id(self))
+        _forwards[self._key] = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module = self._target()
@@ -105,6 +107,8 @@ class TracedForward(BoundForward):
         return module
 
     def _find(self, module: nn.Module) -> Variant | None:
+        if torch.compiler.is_dynamo_compiling():
+            _trace_for_a_graph(self._key)
         for variant in self._variants:
             if variant.holds(module):
                 return variant
@@ -122,6 +126,22 @@ class TracedForward(BoundForward):
             variant = Variant(traced.arguments, _Seen.of(module), inlined, fuse(module, traced), None)
         self._variants.append(variant)
         return variant
+
+
+_forwards: weakref.WeakValueDictionary[str, TracedForward] = weakref.WeakValueDictionary()
+
+
+def _trace_for_a_graph(key: str) -> bool:
+    """Traces the forward if no trace holds: a copy's that torch.compile meets before it was ever called."""
+    forward = _forwards[key]
+    module = forward._target()
+    known = len(forward._variants) >= _MOST_VARIANTS or any(variant.holds(module) for variant in forward._variants)
+    return known or forward._trace(module).fused is not None
+
+
+# What torch.compiler.assume_constant_result sets, without the second that its import takes: the function is called as a
+# graph is made, and is no part of it.
+_trace_for_a_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True, eq=False)

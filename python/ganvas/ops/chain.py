@@ -89,8 +89,8 @@ class Prepared:
 class Chain:
     """Layers that run as one operation. What was found out about a shape is kept for the next input of that shape.
 
-    One that has ``adds`` runs in one native call forward and one backward, on a CPU, or not at all; graphs of
-    torch.compile have none such.
+    One that has ``adds`` runs in one native call forward and one backward, on a CPU, or not at all; but in graphs of
+    torch.compile, where it is the operator that finds out.
     """
 
     def __init__(self, layers: Sequence[Layer], adds: Adds | None = None) -> None:
@@ -147,7 +147,7 @@ class Chain:
         """With what :meth:`prepare` said of these arguments."""
         input = to_dtype(input, _computed_dtype(input))
         if torch.compiler.is_compiling():
-            return chain_operators.call(input, residual, self.layers, statistics_groups)
+            return chain_operators.call(input, residual, self.layers, statistics_groups, self.adds)
         native = None if prepared is None else prepared.native
         assert native is not None or not self._has_adds
         tensors = self._parameters
@@ -203,6 +203,8 @@ class Chain:
                 return None
         pays = any(layer.max_pool or _is_native(layer, read, dtype) for layer, read in convolutions)
         if torch.compiler.is_compiling():
+            if self._has_adds:  # as in eager mode, for all that is known before the graph runs
+                pays = all(_is_native(layer, read, dtype) for layer, read in convolutions)
             return Prepared(pays, residual_shape, None, [], 0)
         native = kernels.native_chain(self.layers, input.shape, dtype, groups, self.adds) if pays else None
         if self._has_adds:

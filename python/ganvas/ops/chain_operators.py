@@ -6,8 +6,9 @@ exported program can be trained. Eager mode does without the dispatcher: see :mo
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,13 +18,23 @@ from ganvas.ops.backends.cpu.precision import rounds_float32
 from ganvas.ops.batch_norm_leaky_relu import move_running_statistics
 from ganvas.ops.chain_passes import Stage, differentiable_backward, restored_all, run_backward, run_forward
 from ganvas.ops.kernels import kernels_of
-from ganvas.ops.layers import Gradients, Layer, decode, encode, moments_of
+from ganvas.ops.layers import (
+    GIVEN,
+    Adds,
+    Gradients,
+    Layer,
+    decode,
+    decode_adds,
+    encode,
+    hands_on_written,
+    moments_of,
+)
 from ganvas.ops.schemas import library, ops
 
 
-def call(input: Tensor, residual: Tensor | None, layers: Sequence[Layer], statistics_groups: int) -> Tensor:
+def call(input: Tensor, residual: Tensor | None, layers: Sequence[Layer], statistics_groups: int, adds: Adds) -> Tensor:
     """The last layer's activation; running statistics move, in torch."""
-    encoded = encode(layers)
+    encoded = encode(layers, adds)
     tensors = (input, residual, *encoded.parameters)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     output, moments, _ = ops.conv_bn_leaky_relu_chain(input, residual, *encoded, statistics_groups, keep)
@@ -50,15 +61,17 @@ def _forward(
     statistics_groups: int,
     keep: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    layers = decode(parameters, statistics, integers, reals)
+    found = _native_chain(input, parameters, integers, reals, statistics_groups)
+    if found is not None:
+        chain, fixed = found.chain, found.moving(statistics)
+        if chain.reads(fixed):
+            residual = None if residual is None else checks.channels_last(residual)
+            tensors = found.tensors(parameters)
+            output, stored, moments = chain.forward(checks.channels_last(input), residual, tensors, fixed, keep)
+            return output, moments, [tensor for tensor in stored if tensor is not None]
+    layers, adds = decode(parameters, statistics, integers, reals), decode_adds(integers)
     tensors = [tensor for layer in layers for tensor in layer.tensors]
-    given = [tensor for layer in layers for tensor in layer.moving]
     kept: list[Tensor | None] = []
-    chain = _native_chain(input, parameters, integers, reals, statistics_groups)
-    if chain is not None and chain.reads(given):
-        residual = None if residual is None else checks.channels_last(residual)
-        output, kept, moments = chain.forward(checks.channels_last(input), residual, tensors, given, keep)
-        return output, moments, [tensor for tensor in kept if tensor is not None]
     of_layers: list[Tensor] = []
 
     def collect(stage: Stage) -> None:
@@ -66,10 +79,10 @@ def _forward(
         of_layers.append(torch.stack((mean, var, scale, shift)).flatten())  # type: ignore[arg-type]
         if keep:  # an operator's results share no memory: what a last layer pools is the output, or its convolution's
             is_last = len(of_layers) == len(layers)
-            stored = None if is_last and layers[-1].is_bare else stage.pending.stored
-            kept.extend((stored, None if is_last else stage.written, stage.winners))
+            raw = None if is_last and layers[-1].is_bare else stage.pending.stored
+            kept.extend((raw, None if is_last else stage.written, stage.winners))
 
-    output = run_forward(input, residual, layers, tensors, statistics_groups, collect, keep)
+    output = run_forward(input, residual, layers, tensors, statistics_groups, collect, keep, adds)
     return output, torch.cat(of_layers), [tensor for tensor in kept if tensor is not None]
 
 
@@ -86,48 +99,63 @@ def _backward(
     wants_input: bool,
     wanted: list[bool],
 ) -> list[Tensor]:
-    layers = decode(parameters, None, integers, reals)
+    layers, adds = decode(parameters, None, integers, reals), decode_adds(integers)
     tensors = [tensor for layer in layers for tensor in layer.tensors]
     asked = iter(wanted)
     of_tensors = [tensor is not None and next(asked) for tensor in tensors]
-    kept = list(_kept(layers, stored))
+    kept = list(_kept(layers, adds, stored))
     groups = moments.numel() // (4 * sum(layer.out_channels for layer in layers))
-    chain, found = _native_chain(input, parameters, integers, reals, groups), None
-    if chain is not None:
-        found = chain.backward(
+    native, found = _native_chain(input, parameters, integers, reals, groups), None
+    if native is not None:
+        found = native.chain.backward(
             checks.channels_last(grad_output), checks.channels_last(input), output, tensors, kept, moments, residual,
             False, wants_input, of_tensors, overwrite_kept=False,
         )  # fmt: skip
     if found is None:
         stages = restored_all(layers, tensors, kept, moments, groups)
-        found = run_backward(grad_output, input, output, stages, layers, tensors, residual, wants_input, of_tensors)
+        found = run_backward(
+            grad_output, input, output, stages, layers, tensors, residual, wants_input, of_tensors, adds
+        )
         of_input = None if found.input is None else checks.channels_last(found.input)
         of_parameters = [_laid_out_like(tensor, gradient) for tensor, gradient in zip(tensors, found.tensors)]
         found = Gradients(of_input, found.residual, of_parameters)
     return [gradient for gradient in (found.input, found.residual, *found.tensors) if gradient is not None]
 
 
-def _kept(layers: Sequence[Layer], stored: Sequence[Tensor]) -> Iterator[Tensor | None]:
-    """Of each layer what was stored, what was pooled of it, and the winners; None where nothing was."""
+def _kept(layers: Sequence[Layer], adds: Adds, stored: Sequence[Tensor]) -> Iterator[Tensor | None]:
+    """Of each layer what was stored, what it handed on written, and the winners; None where nothing was."""
     left = iter(stored)
-    for layer in layers:
+    for i, layer in enumerate(layers):
         is_last = layer is layers[-1]
         yield None if is_last and layer.is_bare else next(left)
-        yield next(left) if layer.max_pool and not is_last else None
+        yield next(left) if not is_last and hands_on_written(layers, adds, i) else None
         yield next(left) if layer.max_pool else None
 
 
+class _Native(NamedTuple):
+    """A chain in one call, and where in an operator's lists it finds its tensors."""
+
+    chain: Any  # ganvas.ops.backends.cpu.chain.NativeChain
+    of_layers: list[int | None]  # in the parameters
+    of_moving: list[int | None]  # in the statistics
+
+    def tensors(self, parameters: Sequence[Tensor]) -> list[Tensor | None]:
+        """As layers have them."""
+        return [None if i is None else parameters[i] for i in self.of_layers]
+
+    def moving(self, statistics: Sequence[Tensor]) -> list[Tensor | None]:
+        """Likewise; those that are fixed."""
+        return [None if i is None else statistics[i] for i in self.of_moving]
+
+
 _MOST_CHAINS = 256
-_chains: dict[tuple[Any, ...], Any] = {}
+_chains: dict[tuple[Any, ...], _Native | None] = {}
 
 
 def _native_chain(
     input: Tensor, parameters: Sequence[Tensor], integers: Sequence[int], reals: Sequence[float], groups: int
-) -> Any:
-    """The chain in one call, if there is such a call: :class:`ganvas.ops.backends.cpu.chain.NativeChain`.
-
-    It is kept for the next call with the same layouts, without the tensors.
-    """
+) -> _Native | None:
+    """The chain in one call, if there is such a call. It is kept for the next one with the same layouts."""
     if input.device.type != "cpu":
         return None
     layouts = [(tensor.shape, tensor.stride(), tensor.dtype) for tensor in parameters]
@@ -142,8 +170,21 @@ def _native_chain(
             _chains.clear()
         shapes = [torch.empty_strided(*layout[:2], dtype=layout[2], device="meta") for layout in layouts]
         layers = decode(shapes, None, integers, reals)
-        chain = _chains[key] = kernels_of(input).native_chain(layers, input.shape, input.dtype, groups)
-        return chain
+        chain = kernels_of(input).native_chain(layers, input.shape, input.dtype, groups, decode_adds(integers))
+        found = None if chain is None else _Native(chain, *_positions(layers))
+        _chains[key] = found
+        return found
+
+
+def _positions(layers: Sequence[Layer]) -> tuple[list[int | None], list[int | None]]:
+    """Of each layer's tensors in :attr:`ganvas.ops.layers.Encoded.parameters`, and its statistics in ``statistics``."""
+    parameters, statistics = itertools.count(), itertools.count()
+    of_layers = [None if tensor is None else next(parameters) for layer in layers for tensor in layer.tensors]
+    of_moving: list[int | None] = []
+    for layer in layers:
+        fixed = layer.batch_statistics is False
+        of_moving += (next(statistics), next(statistics), None) if fixed else (None, None, None)
+    return of_layers, of_moving
 
 
 def _laid_out_like(parameter: Tensor | None, gradient: Tensor | None) -> Tensor | None:
@@ -157,7 +198,9 @@ def _laid_out_like(parameter: Tensor | None, gradient: Tensor | None) -> Tensor 
 def _setup_context(ctx, inputs, output) -> None:
     input, residual, parameters, statistics, ctx.integers, ctx.reals, ctx.groups, ctx.keep = inputs
     activation, moments, stored = output
-    result = activation if residual is not None and ctx.reals[-1] != 1.0 else None
+    adds = decode_adds(ctx.integers)
+    adding = adds[-1] is not None or (residual is not None and GIVEN not in adds)
+    result = activation if adding and ctx.reals[-1] != 1.0 else None
     ctx.save_for_backward(input, residual, result, moments, *parameters, *statistics, *stored)
     ctx.lengths = [len(parameters), len(statistics), len(stored)]
     ctx.mark_non_differentiable(moments, *stored)
@@ -176,7 +219,8 @@ def _gradients(ctx, grad_output, _moments, _stored):
     if torch.is_grad_enabled() or not ctx.keep:
         layers = decode(parameters, statistics, ctx.integers, ctx.reals)
         tensors = [tensor for layer in layers for tensor in layer.tensors]
-        grads = differentiable_backward(grad_output, input, residual, layers, ctx.groups, tensors)
+        adds = decode_adds(ctx.integers)
+        grads = differentiable_backward(grad_output, input, residual, layers, ctx.groups, tensors, adds)
         of_input, of_residual = grads.input, grads.residual
         of_parameters = [grad for grad, tensor in zip(grads.tensors, tensors) if tensor is not None]
     else:

@@ -20,7 +20,17 @@ from ganvas.ops.batch_norm_leaky_relu import move_running_statistics, reference_
 from ganvas.ops.convolution import convolve, convolve_backward
 from ganvas.ops.direct import is_float32
 from ganvas.ops.kernels import kernels_of
-from ganvas.ops.layers import GIVEN, Adds, Gradients, Layer, Tensors, by_layer, moments_of, residual_layer
+from ganvas.ops.layers import (
+    GIVEN,
+    Adds,
+    Gradients,
+    Layer,
+    Tensors,
+    by_layer,
+    hands_on_written,
+    moments_of,
+    residual_layer,
+)
 from ganvas.ops.pending import Pending, PendingGradient, fixed
 
 
@@ -99,6 +109,7 @@ def run_forward(
     groups: int,
     keep: Callable[[Stage], object] | None = None,
     backward: bool = True,
+    adds: Adds | None = None,
 ) -> Tensor:
     """The last layer's activation (raw output, where nothing follows).
 
@@ -106,14 +117,25 @@ def run_forward(
         keep: is called with each layer's stage.
         backward: the stages are kept for it; without, what a layer stores may be its activation.
     """
+    adds = adds or (None,) * len(layers)
     stage, written = Stage(Pending(checks.channels_last(input))), None
+    inputs: dict[int, Tensor] = {}  # of layers, until they are added
     moved: list[Tensor] = []  # by kernels, of which torch is to know
     kept = keep is not None and backward
-    for i, own in enumerate(by_layer(tensors), 1):
-        layer, added = layers[i - 1], residual if i == len(layers) else None
+    for i, (layer, own) in enumerate(zip(layers, by_layer(tensors))):
+        if i in adds:
+            inputs[i] = stage.output.stored
+        position = adds[i]
+        if position is None or position == GIVEN:
+            added = residual if i == residual_layer(adds) else None
+        else:
+            added = inputs.pop(position)
         running = _moved_in_kernel(layer)
         moved.extend(running)
         stage, written = _forward(layer, own, running, stage.output, written, groups, added, kept)
+        if layer is not layers[-1] and not layer.max_pool and hands_on_written(layers, adds, i):
+            written = kernels_of(input).activate(stage.output) if written is None else written
+            stage = stage._replace(written=written)
         if keep is not None:
             keep(stage)
     torch.autograd.graph.increment_version(moved)

@@ -109,6 +109,11 @@ An input is the chain's, or a layer's activation, which then is written. It is a
 norm, the activation after it, and no pooling."""
 
 
+def hands_on_written(layers: Sequence[Layer], adds: Adds, i: int) -> bool:
+    """Whether layer ``i`` hands the next one its activation written: something was added, or it is pooled or added."""
+    return layers[i].max_pool or adds[i] is not None or i + 1 in adds
+
+
 def residual_layer(adds: Adds) -> int:
     """The layer that adds what the chain is called with, if it is."""
     return adds.index(GIVEN) if GIVEN in adds else len(adds) - 1
@@ -129,8 +134,9 @@ def by_layer(tensors: Sequence[Tensor | None]) -> list[Tensors]:
     return [Tensors(*tensors[i : i + size]) for i in range(0, len(tensors), size)]  # type: ignore[arg-type]
 
 
+_NOTHING = -1
 _NORMS = (None, False, True)  # numbered, as values of ``batch_statistics``
-_INTEGERS = 17  # of a layer: a Geometry, the norm, three flags, and which of the optional tensors there are
+_INTEGERS = 18  # of a layer: a Geometry, the norm, two flags, which of the optional tensors there are, what it adds
 
 
 class Encoded(NamedTuple):
@@ -142,10 +148,10 @@ class Encoded(NamedTuple):
     reals: list[float]  # of each layer eps and negative slope
 
 
-def encode(layers: Sequence[Layer]) -> Encoded:
+def encode(layers: Sequence[Layer], adds: Adds | None = None) -> Encoded:
     """Of everything but the running statistics that move: an operator returns what they move towards."""
     encoded = Encoded([], [], [], [])
-    for layer in layers:
+    for layer, added in zip(layers, adds or (None,) * len(layers)):
         geometry, (weight, *optional) = layer.geometry, layer.tensors
         encoded.parameters.extend(t for t in (weight, *optional) if t is not None)
         if layer.batch_statistics is False:
@@ -157,7 +163,7 @@ def encode(layers: Sequence[Layer]) -> Encoded:
                 *geometry.stride, *geometry.padding, *geometry.dilation, int(geometry.transposed),
                 *geometry.output_padding, geometry.groups, int(geometry.upsampled),
                 _NORMS.index(layer.batch_statistics), int(layer.activation_first), int(layer.max_pool),
-                *(int(t is not None) for t in optional),
+                *(int(t is not None) for t in optional), _NOTHING if added is None else added,
             )
         )  # fmt: skip
         encoded.reals.extend((layer.eps, layer.negative_slope))
@@ -167,7 +173,7 @@ def encode(layers: Sequence[Layer]) -> Encoded:
 def decode(
     parameters: Sequence[Tensor], statistics: Sequence[Tensor] | None, integers: Sequence[int], reals: Sequence[float]
 ) -> list[Layer]:
-    """The layers again. Without ``statistics`` theirs are None."""
+    """The layers again, without what they add. Without ``statistics`` theirs are None."""
     own, fixed = iter(parameters), iter(statistics or ())
     return [
         _decoded(
@@ -177,12 +183,17 @@ def decode(
     ]
 
 
+def decode_adds(integers: Sequence[int]) -> Adds:
+    """What the layers add."""
+    return tuple(None if added == _NOTHING else added for added in integers[_INTEGERS - 1 :: _INTEGERS])
+
+
 def _decoded(
     parameters: Iterator[Tensor], statistics: Iterator[Tensor] | None, integers: Sequence[int], eps: float, slope: float
 ) -> Layer:
     (
         *pairs, transposed, output_height, output_width, groups, upsampled,
-        norm, activation_first, max_pool, has_bias, has_bn_weight, has_bn_bias,
+        norm, activation_first, max_pool, has_bias, has_bn_weight, has_bn_bias, _,
     ) = integers  # fmt: skip
     stride, padding, dilation = ((pairs[i], pairs[i + 1]) for i in (0, 2, 4))
     geometry = Geometry(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ganvas.ops.layers import decode
+from ganvas.ops.layers import decode, decode_adds, hands_on_written, residual_layer
 
 library = torch.library.Library("ganvas", "DEF")
 
@@ -45,15 +45,15 @@ library.define(
 )
 # Layers as ganvas.ops.layers.encode makes them; input and output in the dtype that is computed in. moments, float32: of
 # one layer after the other mean, var, scale and shift, (4, statistics_groups, C). stored, empty unless keep: what
-# backward reads besides, of each layer the convolution's raw output (unless that is the output), and where it pools the
-# pooled activation (unless that is the output) and uint8 winners.
+# backward reads besides, of each layer the convolution's raw output (unless that is the output), the activation that it
+# hands on written, pooled or to be added (unless that is the output), and where it pools uint8 winners.
 library.define(
     "conv_bn_leaky_relu_chain(Tensor input, Tensor? residual, Tensor[] parameters, Tensor[] statistics, "
     "int[] integers, float[] reals, int statistics_groups, bool keep) "
     "-> (Tensor output, Tensor moments, Tensor[] stored)"
 )
 # Gradients of the input, the residual (where there is one) and the parameters, those that are wanted. output tells the
-# side of the last kink where a residual was added.
+# side of the last kink where the last layer adds something.
 library.define(
     "conv_bn_leaky_relu_chain_backward(Tensor grad_output, Tensor input, Tensor? output, Tensor[] parameters, "
     "Tensor moments, Tensor[] stored, int[] integers, float[] reals, bool residual, bool wants_input, "
@@ -118,13 +118,13 @@ def _empty_pixels(shape: torch.Size, like: Tensor, dtype: torch.dtype | None = N
 
 @torch.library.register_fake("ganvas::conv_bn_leaky_relu_chain", lib=library)
 def _(input, residual, parameters, statistics, integers, reals, statistics_groups, keep):
-    layers, shape = decode(parameters, None, integers, reals), input.shape
+    layers, adds, shape = decode(parameters, None, integers, reals), decode_adds(integers), input.shape
     stored = []
-    for i, layer in enumerate(layers, 1):
-        convolved, shape, is_last = layer.convolved_shape(shape), layer.output_shape(shape), i == len(layers)
+    for i, layer in enumerate(layers):
+        convolved, shape, is_last = layer.convolved_shape(shape), layer.output_shape(shape), layer is layers[-1]
         if keep and not (is_last and layer.is_bare):
             stored.append(_empty_pixels(convolved, input))
-        if keep and layer.max_pool and not is_last:
+        if keep and not is_last and hands_on_written(layers, adds, i):
             stored.append(_empty_pixels(shape, input))
         if keep and layer.max_pool:
             stored.append(_empty_pixels(shape, input, torch.uint8))
@@ -137,7 +137,10 @@ def _(input, residual, parameters, statistics, integers, reals, statistics_group
 def _(grad_output, input, output, parameters, moments, stored, integers, reals, residual, wants_input, wanted):
     gradients = [_empty_pixels(input.shape, input)] if wants_input else []
     if residual:
-        gradients.append(_empty_pixels(grad_output.shape, input))
+        shape, at = input.shape, residual_layer(decode_adds(integers))
+        for i, layer in enumerate(decode(parameters, None, integers, reals)[: at + 1]):
+            shape = layer.convolved_shape(shape) if i == at else layer.output_shape(shape)
+        gradients.append(_empty_pixels(shape, input))
     return [*gradients, *(torch.empty_like(p) for p, want in zip(parameters, wanted) if want)]
 
 

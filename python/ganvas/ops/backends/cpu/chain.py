@@ -14,7 +14,7 @@ from ganvas.ops.backends.cpu.convolution import chosen_convolution
 from ganvas.ops.backends.cpu.kernels import NativeConvolution
 from ganvas.ops.backends.trial import Direction
 from ganvas.ops.direct import is_float32
-from ganvas.ops.layers import Adds, Gradients, Layer, Tensors, by_layer, residual_layer
+from ganvas.ops.layers import Adds, Gradients, Layer, Tensors, by_layer, hands_on_written, residual_layer
 
 _NORMS = {None: native.Norm.none, False: native.Norm.fixed, True: native.Norm.batch}
 
@@ -43,8 +43,8 @@ class NativeChain:
             input = layer.pooled_shape(convolution.output_shape)
         self._output = input
         self._written = [
-            shape if layer.max_pool or adds[i] is not None or i + 1 in adds else None
-            for i, (layer, shape) in enumerate(zip(layers, (*self._inputs[1:], self._output)))
+            shape if hands_on_written(layers, adds, i) else None
+            for i, shape in enumerate((*self._inputs[1:], self._output))
         ]
         self._values, self._reads_all = _values_dtypes(layers)
         self._moving = [_moving_dtype(layer) for layer in layers]
