@@ -100,12 +100,12 @@ def test_second_derivatives():
 
 
 @pytest.mark.parametrize(
-    "case", ["few", "bfloat16", "float64", "three dimensions", "autocast", "reference", "compiled"]
+    "case", ["few", "bfloat16", "float64", "three dimensions", "autocast", "reference", "few, compiled"]
 )
 def test_torch_runs_where_no_kernel_applies(case, products, monkeypatch):
     x, weight, bias = (t.detach() for t in tensors(*LARGE))
     function = linear
-    if case == "few":
+    if case.startswith("few"):
         x = x[:8]
     elif case in ("bfloat16", "float64"):
         x, weight, bias = (t.to(getattr(torch, case)) for t in (x, weight, bias))
@@ -113,12 +113,58 @@ def test_torch_runs_where_no_kernel_applies(case, products, monkeypatch):
         x = x[None]
     elif case == "reference":
         monkeypatch.setenv("GANVAS_BACKEND", "reference")
-    elif case == "compiled":
+    if case == "few, compiled":
+        torch._dynamo.reset()
         function = torch.compile(linear, backend="eager", fullgraph=True)
     with torch.autocast("cpu", torch.bfloat16, enabled=case == "autocast"):
         expected = F.linear(x, weight, bias)
         assert torch.equal(function(x, weight, bias), expected)
     assert products == []
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_in_a_graph_it_is_an_operator_of_the_same_products(products, backend, has_bias):
+    found = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        function = torch.compile(linear, backend=backend, fullgraph=True) if compiled else linear
+        x, weight, bias = tensors(*LARGE)
+        output = function(x, weight, bias if has_bias else None)
+        output.backward(torch.randn(output.shape, generator=torch.Generator().manual_seed(0)))
+        found.append([output.detach(), x.grad, weight.grad, *([bias.grad] if has_bias else [])])
+    assert len(products) == 6
+    assert products[:3] == products[3:]
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("rows", [LARGE[0], 3])
+def test_torch_agrees_on_what_the_operators_return(rows):
+    x, weight, bias = tensors(rows, *LARGE[1:])
+    torch.library.opcheck(torch.ops.ganvas.linear.default, (x, weight, bias))
+    torch.library.opcheck(torch.ops.ganvas.linear.default, (x, weight.detach(), None))
+    for wants in ((True, True), (False, True), (True, False)):
+        arguments = (torch.randn(rows, LARGE[2]), x.detach(), weight.detach(), *wants)
+        torch.library.opcheck(
+            torch.ops.ganvas.linear_backward.default,
+            arguments,
+            test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_static"),
+        )
+
+
+def test_an_exported_program_has_the_products_and_second_derivatives(products):
+    x, weight, bias = (t.detach() for t in tensors(*LARGE))
+    layer = FusedSequential(nn.Linear(*LARGE[1:]))
+    layer.load_state_dict({"0.weight": weight, "0.bias": bias})
+    program = torch.export.export(layer, (x,)).module()
+    torch.testing.assert_close(program(x), layer(x))
+    assert products == [LARGE, LARGE]
+    results = []
+    for function in (linear, torch.ops.ganvas.linear):
+        leaf = x.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(function(leaf, weight, bias).square().sum(), leaf, create_graph=True)
+        results.append(torch.autograd.grad(gradient.square().sum(), leaf)[0])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-3 * float(results[0].abs().max()))
 
 
 def test_shapes_that_do_not_fit_have_torchs_message():

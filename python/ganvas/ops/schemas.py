@@ -59,6 +59,12 @@ library.define(
     "Tensor moments, Tensor[] stored, int[] integers, float[] reals, bool residual, bool wants_input, "
     "bool[] wanted) -> Tensor[] gradients"
 )
+# input·weightᵀ + bias of matrices in float32; gradients of the input and the weight, those that are wanted.
+library.define("linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor output")
+library.define(
+    "linear_backward(Tensor grad_output, Tensor input, Tensor weight, bool wants_input, bool wants_weight) "
+    "-> Tensor[] gradients"
+)
 # metrics: (4,) float32: mean real logit, mean fake logit, share of real logits > 0, share of fake logits < 0.
 library.define(
     "discriminator_loss(Tensor real_logits, Tensor fake_logits, str kind, float label_smoothing) "
@@ -142,6 +148,17 @@ def _(grad_output, input, output, parameters, moments, stored, integers, reals, 
             shape = layer.convolved_shape(shape) if i == at else layer.output_shape(shape)
         gradients.append(_empty_pixels(shape, input))
     return [*gradients, *(torch.empty_like(p) for p, want in zip(parameters, wanted) if want)]
+
+
+@torch.library.register_fake("ganvas::linear", lib=library)
+def _(input, weight, bias):
+    return input.new_empty((input.shape[0], weight.shape[0]))
+
+
+@torch.library.register_fake("ganvas::linear_backward", lib=library)
+def _(grad_output, input, weight, wants_input, wants_weight):
+    gradients = ((input, wants_input), (weight, wants_weight))
+    return [torch.empty_like(of, memory_format=torch.contiguous_format) for of, wants in gradients if wants]
 
 
 @torch.library.register_fake("ganvas::discriminator_loss", lib=library)

@@ -22,10 +22,15 @@ LEAST_MULTIPLICATIONS = 2**22  # below, a call costs as much as it saves
 Direction = Literal["forward", "backward"]
 
 
+def are_many(rows: int, out_features: int, in_features: int) -> bool:
+    """Whether the products are worth a call."""
+    return rows * out_features * in_features >= LEAST_MULTIPLICATIONS
+
+
 def is_faster(rows: int, weight: Tensor, direction: Direction) -> bool:
     """Whether the products of (rows, in) and a weight (out, in) run natively; ``backward``: both gradients."""
     out_features, in_features = weight.shape
-    if rows * out_features * in_features < LEAST_MULTIPLICATIONS:
+    if not are_many(rows, out_features, in_features):
         return False
     key = ("linear", rows, weight.shape, torch.get_num_threads(), direction)
     try:
