@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from ganvas.data import BatchLoader, InMemoryDataset, load
 from ganvas.losses import DiscriminatorLoss
 from ganvas.training import ClassifierConfig, GANConfig, classifier, gan, run
+from ganvas.training.averages import Averages
 from ganvas.training.gan_steps import AveragedGenerator
 from ganvas.training.run import TrainingRun
 from ganvas.training.run_folder import RunFolder
@@ -46,7 +47,7 @@ OTHERS = {
     "zero_grad": [(torch.optim.Optimizer, "zero_grad")],
     "schedule": [(torch.optim.lr_scheduler.OneCycleLR, "step")],
     "moving average": [(AveragedGenerator, "update_parameters")],
-    "log": [(TrainingRun, "record"), (TrainingRun, "_close_window"), (classifier, "_accuracy")],
+    "log": [(Averages, "add"), (TrainingRun, "_close_window"), (classifier, "_accuracy")],
     "checkpoints": [(TrainingRun, "_save"), (RunFolder, "save_weights")],
     "report page": [(run, "write_report")],
     "checks for NaN": [(run, "check_finite")],
