@@ -33,9 +33,8 @@ constexpr Index gradient_bytes = 512 << 10;     // of a part of the weight's gra
 constexpr Index gradient_rows = most_together;  // channels of the plain map that lie side by side
 constexpr Index left_pitch = gradient_rows + lanes, right_pitch = strip + lanes;  // words from pixel to pixel
 constexpr Index depth_least = 64, depth_most = 256;                               // pixels that are packed at a time
-constexpr Index kept_pixels_most = 4096;
-constexpr std::int64_t direct_form = 2;
-constexpr Index scattering_costs = 5;  // quarters of what gathering with as many multiplications does
+constexpr Index kept_pixels_most = 4096;  // in evaluation: of more, the weight is packed in no time
+constexpr Index scattering_costs = 5;     // quarters of what gathering with as many multiplications does
 
 // The pixels of [first, last) in parts, each of one group.
 struct PixelBlocks {
@@ -306,8 +305,7 @@ void gather(Pass pass, int threads, Finish finish) {
     KeptWeight kept = pass.kept(true, elements, weight_bytes, threads);
     Workspace workspace(weight_bytes + Workspace::padded(sum_bytes) + coefficient_bytes);
     const ThreadWorkspaces scratch(room, threads);
-    float* const weight =
-        static_cast<float*>(kept.memory() ? static_cast<void*>(kept.memory()) : workspace.take(weight_bytes));
+    float* const weight = static_cast<float*>(kept.memory() ? kept.memory() : workspace.take(weight_bytes));
     const PartSums<PixelBlocks> sums{blocks, to.channels, static_cast<double*>(workspace.take(sum_bytes))};
     pass.from.set_coefficients(static_cast<float*>(workspace.take(coefficient_bytes)), pass.groups);
     const PackWords pack = pack_words_of<packing>(pass.dtype, pass.from.source.pixels);
@@ -488,8 +486,7 @@ void scatter(Pass pass, int threads, Finish finish) {
     KeptWeight kept = pass.kept(false, elements, weight_bytes, threads);
     Workspace workspace(weight_bytes + Workspace::padded(sum_bytes) + coefficient_bytes);
     const ThreadWorkspaces scratch(room, threads);
-    float* const weight =
-        static_cast<float*>(kept.memory() ? static_cast<void*>(kept.memory()) : workspace.take(weight_bytes));
+    float* const weight = static_cast<float*>(kept.memory() ? kept.memory() : workspace.take(weight_bytes));
     const PartSums<Bands> sums{bands, to.channels, static_cast<double*>(workspace.take(sum_bytes))};
     pass.from.set_coefficients(static_cast<float*>(workspace.take(coefficient_bytes)), pass.groups);
     const PackWords pack = pack_words_of<packing>(pass.dtype, plain.source.pixels);

@@ -18,8 +18,9 @@ constexpr std::size_t entries_most = 4096;
 constexpr std::align_val_t line{64};
 constexpr std::int64_t piece_bytes = 16 << 10;  // of a weight, of which a thread takes the digest
 
-void take_digest(const unsigned char* bytes, std::int64_t count,
-                 Digest& digest){GANVAS_DISPATCH(take_digest(bytes, count, digest))}
+Digest take_digest(const unsigned char* bytes, std::int64_t count) {
+    GANVAS_DISPATCH(take_digest(bytes, count));
+}
 
 // The same for any number of threads.
 Digest digest_of(const float* numbers, std::int64_t count, int threads) {
@@ -30,13 +31,11 @@ Digest digest_of(const float* numbers, std::int64_t count, int threads) {
     const int team = team_size(size, threads);
 #pragma omp parallel for num_threads(team) schedule(static) if (team > 1)
     for (std::int64_t piece = 0; piece < pieces; ++piece)
-        take_digest(bytes + piece * piece_bytes, std::min(piece_bytes, size - piece * piece_bytes),
-                    of_pieces[static_cast<std::size_t>(piece)]);
+        of_pieces[static_cast<std::size_t>(piece)] =
+            take_digest(bytes + piece * piece_bytes, std::min(piece_bytes, size - piece * piece_bytes));
     if (pieces == 1) return of_pieces[0];
-    Digest all{};
-    take_digest(reinterpret_cast<const unsigned char*>(of_pieces.data()),
-                pieces * static_cast<std::int64_t>(sizeof(Digest)), all);
-    return all;
+    return take_digest(reinterpret_cast<const unsigned char*>(of_pieces.data()),
+                       pieces * static_cast<std::int64_t>(sizeof(Digest)));
 }
 
 }  // namespace
@@ -46,7 +45,7 @@ struct KeptWeight::Entry {
     Digest digest;
     WeightForm form;
     std::size_t bytes;
-    char* memory = nullptr;  // null: only that it was there
+    void* memory = nullptr;  // null: only that it was there
 
     Entry(const Digest& digest, const WeightForm& form, std::size_t bytes) : digest(digest), form(form), bytes(bytes) {}
     ~Entry() { ::operator delete(memory, line); }
@@ -128,13 +127,13 @@ KeptWeight::KeptWeight(const float* numbers, std::int64_t count, const WeightFor
         entry_ = known;
         return;
     }
-    weight->memory = static_cast<char*>(::operator new(bytes, line));
+    weight->memory = ::operator new(bytes, line);
     entry_ = std::move(weight);
 }
 
 KeptWeight::~KeptWeight() = default;
 
-char* KeptWeight::memory() const {
+void* KeptWeight::memory() const {
     return entry_ ? entry_->memory : nullptr;
 }
 

@@ -16,10 +16,11 @@ struct Digest {
     std::uint32_t words[16];
 };
 
-// Beside the numbers, all that a kernel's form of them hangs on: which kernel, strides, sizes.
+// Beside the numbers, all that a kernel's form of them hangs on: which kernel (its number comes first), strides, sizes.
 struct WeightForm {
     std::int64_t values[16];  // 0 where there are fewer
 };
+constexpr std::int64_t winograd_form = 1, direct_form = 2;
 
 // How many numbers a convolution's weight has, if they lie in one piece of memory; else 0.
 std::int64_t dense_numbers(const ConvolutionShape& shape, const ConvolutionWeight& weight);
@@ -35,7 +36,7 @@ class KeptWeight {
     KeptWeight& operator=(const KeptWeight&) = delete;
 
     // Where it is, or is to be made, aligned to a cache line; null: elsewhere.
-    char* memory() const;
+    void* memory() const;
     bool is_made() const { return made_; }
     // The caller has made it, all of it: later calls may find it.
     void keep();
@@ -51,9 +52,9 @@ class KeptWeight {
 std::size_t kept_weight_bytes();
 void release_kept_weights();
 
-#define DECLARE(isa)                                                                  \
-    namespace isa {                                                                   \
-    void take_digest(const unsigned char* bytes, std::int64_t count, Digest& digest); \
+#define DECLARE(isa)                                                    \
+    namespace isa {                                                     \
+    Digest take_digest(const unsigned char* bytes, std::int64_t count); \
     }
 GANVAS_FOR_EACH_ISA(DECLARE)
 #undef DECLARE

@@ -28,7 +28,7 @@ void mix_block(const unsigned char* bytes, VectorBits (&state)[chains]) {
 
 }  // namespace
 
-void take_digest(const unsigned char* bytes, std::int64_t count, Digest& digest) {
+Digest take_digest(const unsigned char* bytes, std::int64_t count) {
     VectorBits state[chains];
     for (Index i = 0; i < chains; ++i) state[i] = VectorBits{} + static_cast<std::uint32_t>(i + 1);
     for (; count >= block_bytes; count -= block_bytes, bytes += block_bytes) mix_block(bytes, state);
@@ -38,7 +38,9 @@ void take_digest(const unsigned char* bytes, std::int64_t count, Digest& digest)
         mix_block(rest, state);
     }
     for (Index i = vectors_kept; i < chains; ++i) state[i % vectors_kept] = mixed(state[i % vectors_kept], state[i]);
+    Digest digest;
     std::memcpy(digest.words, state, sizeof digest.words);
+    return digest;
 }
 
 }  // namespace ganvas::cpu::GANVAS_ISA

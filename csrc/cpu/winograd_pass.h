@@ -29,9 +29,8 @@ constexpr Index own_weight_bytes = 640 << 10;  // of a transformed weight that e
 constexpr Index wave_weight_bytes = 8 << 20;  // of a transformed weight: from here on waves are faster for so few tiles
 constexpr Index wave_tiles_most = 96;         // (half as many as there are output channels, at most), and for any
                                               // where it takes half of the shared cache
-constexpr Index kept_tiles_most = 256;        // in evaluation: of more, the transformed weight is made in no time
-constexpr std::int64_t winograd_form = 1;
 constexpr Index wave_output_bytes = 900 << 10;  // of the products that a thread has in its cache
+constexpr Index kept_tiles_most = 256;          // in evaluation: of more, the transformed weight is made in no time
 
 // What one output phase is made of: where the first tap of its first output reads, and the taps.
 struct Phase {
@@ -148,7 +147,7 @@ void run_blocks(const Pass& pass, const Tiles& tiles, const Blocks& blocks, int 
     const std::size_t room = v.bytes() + v.scratch_bytes() + Workspace::padded(m.bytes());
     Workspace workspace((shares_weight && !kept.memory() ? u_bytes : 0) + Workspace::padded(sum_bytes));
     const ThreadWorkspaces scratch(room + (shares_weight ? 0 : u_bytes), threads);
-    if (shares_weight) u.place(kept.memory() ? kept.memory() : static_cast<char*>(workspace.take(u_bytes)));
+    if (shares_weight) u.place(static_cast<char*>(kept.memory() ? kept.memory() : workspace.take(u_bytes)));
     const Parts parts{pass, tiles, blocks, static_cast<double*>(workspace.take(sum_bytes))};
     Shares shares(phased_blocks * splits, threads);
     const WriteBlock write = write_of<taps>(pass.dtype, pass.kind);
