@@ -200,9 +200,7 @@ inline bool reads_pixels(const Destination& to) {
 // Fetches what is read beside the pixel at `position`.
 template <class T, Output kind, int locality>
 inline void fetch_beside(const Destination& to, Index position) {
-    const auto fetch = [&](const void* pixels) {
-        __builtin_prefetch(static_cast<const T*>(pixels) + position, 0, locality);
-    };
+    const auto fetch = [&](const void* pixels) { prefetch<locality>(static_cast<const T*>(pixels) + position); };
     fetch(to.pending.stored);
     if (kind == Output::written_kink) {
         fetch(to.written);

@@ -270,7 +270,7 @@ struct Pass {
 // A hint: pixels that a thread is about to multiply as they lie in memory, where no stretch is long enough for the
 // processor to foresee the next.
 inline void expect_pixels(const char* pixels, Index bytes) {
-    for (Index i = 0; i < bytes; i += 64) __builtin_prefetch(pixels + i, 0, 2);
+    for (Index i = 0; i < bytes; i += 64) prefetch<2>(pixels + i);
 }
 
 // Each thread takes a block of pixels, and where blocks are few a part of the columns, through products and output

@@ -137,7 +137,7 @@ inline void product_column(const Product& p, Index rows, Index column) {
     const float* next = p.next;
     Index row = 0;
     for (; row + whole <= rows; row += whole) {
-        for (const float* const end = next + part; next < end; next += line) __builtin_prefetch(next, 0, 2);
+        for (const float* const end = next + part; next < end; next += line) prefetch<2>(next);
         product_tile<whole, vectors, elements, accumulate>(p, row, column);
     }
     if (row < rows) product_rest<whole - 1, vectors, elements, accumulate>(p, rows - row, row, column);

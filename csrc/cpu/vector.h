@@ -154,10 +154,10 @@ inline void add_bfloat16_products(Vector& sum, VectorInts a, VectorInts b) {
 }
 #endif
 
-// A hint: the address need not exist.
-template <class T>
+// A hint: the address need not exist. To the first level of the cache, or (2) to the second.
+template <int locality = 3, class T>
 inline void prefetch(const T* address) {
-    __builtin_prefetch(address);
+    __builtin_prefetch(address, 0, locality);
 }
 
 // The first `count` lanes; zero in the others, whose memory is not touched.

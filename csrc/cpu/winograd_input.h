@@ -32,7 +32,9 @@ struct OutputSide {
 };
 
 // The first transform, along the columns of pixels: `count` of them, `column_stride` apart, whole vectors of channels
-// and all inside the image. Not inlined, as transform_rows: the addresses alone fill the registers.
+// and all inside the image. Not inlined, as transform_rows: the addresses alone fill the registers. Fetched meanwhile
+// are the next vector of channels, and of the tiles below this one, or at the bottom those of the next image: rows lie
+// too far apart for the processor to foresee them.
 template <class T, class Side, Activation kind>
 [[gnu::noinline]] void transform_columns(const T* pixel, Index row_stride, Index column_stride, Index count,
                                          Vector scale, Vector shift, Leaky leaky, Vector (*columns)[Side::points]) {
@@ -41,6 +43,8 @@ template <class T, class Side, Activation kind>
         Vector d[Side::pixels];
 #pragma GCC unroll 6
         for (int y = 0; y < Side::pixels; ++y) prefetch(halves[y / 3] + y % 3 * row_stride + lanes);
+#pragma GCC unroll 4
+        for (int y = 0; y < tile; ++y) prefetch<2>(halves[y / 3] + (y % 3 + tile) * row_stride);
 #pragma GCC unroll 6
         for (int y = 0; y < Side::pixels; ++y)
             d[y] = activate<kind>(load_vector(halves[y / 3] + y % 3 * row_stride), scale, shift, leaky);
@@ -113,6 +117,8 @@ struct SegmentColumns {
         } else {
             for (Index x = left_end; x < right_end; ++x, pixel += source.channels) {
                 Vector d[pixels];
+                for (Index y = from; y < until; ++y) prefetch(pixel + y * step * row_stride + lanes);
+                for (Index y = 0; y < tile; ++y) prefetch<2>(pixel + (y + tile) * step * row_stride);
                 for (int y = 0; y < pixels; ++y)
                     d[y] = y < from || y >= until
                                ? Vector{}

@@ -44,10 +44,12 @@ inline void write_tile(const Vector (&rows)[tile][points], const Destination& to
     T* const pixels = static_cast<T*>(to.pixels);
     Vector sum{}, square{};
     if (height == tile && width == tile && of.count >= lanes) {
-        if (reads_pixels<kind>(to))  // the next tile's, too far apart for the processor to foresee
+        if (reads_pixels<kind>(to))  // of the next tile and the one below, too far apart for the processor to foresee
             for (int y = 0; y < tile; ++y)
-                for (int x = 0; x < tile; ++x)
+                for (int x = 0; x < tile; ++x) {
                     fetch_beside<T, kind, 3>(to, corner + y * row_stride + (tile + x) * pixel_stride);
+                    fetch_beside<T, kind, 2>(to, corner + (tile + y) * row_stride + x * pixel_stride);
+                }
 #pragma GCC unroll 4
         for (int y = 0; y < tile; ++y) {
             Vector v[tile];
