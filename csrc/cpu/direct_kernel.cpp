@@ -430,29 +430,43 @@ void gather_few(Pass pass, int threads, Finish finish) {
     }
 }
 
-// to[i] += from[i].
-inline void add_floats(const float* from, Index count, float* to) {
-    Index i = 0;
-    for (; i + lanes <= count; i += lanes) store_vector(to + i, load_vector(to + i) + load_vector(from + i));
-    for (; i < count; ++i) to[i] += from[i];
+// to[i] += from[i] of `count` runs of a row, the windows' `pitch` apart, the map's `step`. Runs whose vectors overlap,
+// be it in lanes that are masked out, do not follow each other: a load would wait for what has just been stored.
+void add_runs(const float* from, Index pitch, Index count, Index run, float* to, Index step) {
+    const Index apart = ceiling(whole_vectors(run), step);
+    for (Index i = 0; i < run; i += lanes)
+        for (Index start = 0; start < apart; ++start)
+            for (Index x = start; x < count; x += apart) {
+                const float* const values = from + x * pitch + i;
+                float* const sums = to + x * step + i;
+                store_lanes(sums, load_lanes(sums, run - i) + load_lanes(values, run - i), run - i);
+            }
 }
 
 // Adds the windows of the plain pixels of rows [begin, end) to rows [top, bottom) of the other map. `windows` has a row
 // of `pitch` numbers for each of those pixels.
 void add_windows(const Window& w, Index plain_width, Index begin, Index end, const float* windows, Index pitch,
                  Index top, Index bottom, Index width, float* band) {
-    const Index run = w.run(), runs_of_row = w.runs_of_row(), c = w.channels;
-    for (Index qy = begin; qy < end; ++qy)
-        for (Index qx = 0; qx < plain_width; ++qx, windows += pitch) {
-            const float* from = windows;
-            for (Index ty = 0; ty < w.y.count; ++ty) {
-                const Index y = w.y.stride * qy + w.y.offset + w.y.step * ty;
-                for (Index tx = 0; tx < runs_of_row; ++tx, from += run) {
-                    if (y < top || y >= bottom) continue;
-                    const Index x = w.x.stride * qx + w.x.offset + w.x.step * tx;
+    const Index run = w.run(), runs_of_row = w.runs_of_row(), c = w.channels, step = w.x.stride * c;
+    for (Index qy = begin; qy < end; ++qy, windows += plain_width * pitch)
+        for (Index ty = 0; ty < w.y.count; ++ty) {
+            const Index y = w.y.stride * qy + w.y.offset + w.y.step * ty;
+            if (y < top || y >= bottom) continue;
+            for (Index tx = 0; tx < runs_of_row; ++tx) {
+                const float* const from = windows + (ty * runs_of_row + tx) * run;
+                const Index left = w.x.offset + w.x.step * tx;
+                float* const to = band + ((y - top) * width + left) * c;
+                // Those that are inside the map.
+                const Span inner = w.x.inside(left, run / c, width, plain_width);
+                const auto add_one = [&](Index qx) {
+                    const Index x = left + w.x.stride * qx;
                     const Index first = clamped(-x * c, 0, run), last = clamped((width - x) * c, first, run);
-                    add_floats(from + first, last - first, band + ((y - top) * width + x) * c + first);
-                }
+                    add_runs(from + qx * pitch + first, 0, 1, last - first, to + qx * step + first, step);
+                };
+                for (Index qx = 0; qx < inner.first; ++qx) add_one(qx);
+                add_runs(from + inner.first * pitch, pitch, inner.last - inner.first, run, to + inner.first * step,
+                         step);
+                for (Index qx = inner.last; qx < plain_width; ++qx) add_one(qx);
             }
         }
 }

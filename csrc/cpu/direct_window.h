@@ -19,6 +19,11 @@ struct Along {
     Index tap, tap_step;
 
     Index kernel_tap(Index t) const { return tap + tap_step * t; }
+    // The plain map's pixels, of `count`, whose `pixels` from `left` on are all among `length`.
+    Span inside(Index left, Index pixels, Index length, Index count) const {
+        const Index first = clamped(ceiling(larger(0, -left), stride), 0, count), last = length - pixels - left;
+        return {first, last < 0 ? first : clamped(last / stride + 1, first, count)};
+    }
     // The plain map's pixels that meet pixels [begin, end) of the other.
     Span meeting(Index begin, Index end, Index length) const {
         const Index reach = offset + step * (count - 1);
@@ -113,10 +118,11 @@ inline void pack_run(const Runs<T>& runs, const T* stored, Index begin, Index en
 }
 
 // The same of `count` windows, `step` numbers apart, in rows of `width`, where no vector reaches past the limit. Short
-// runs go vector by vector, so that each has its coefficients in registers.
+// runs go vector by vector, so that each has its coefficients in registers; fetched meanwhile is what lies `below`, in
+// the next row of windows, since the processor foresees little of such strides.
 template <Activation kind, class T, class Number>
-inline void pack_inner_runs(const Runs<T>& runs, const T* stored, Index step, Index count, Index begin, Index end,
-                            Number* to, Index width) {
+inline void pack_inner_runs(const Runs<T>& runs, const T* stored, Index step, Index below, Index count, Index begin,
+                            Index end, Number* to, Index width) {
     if (end - begin > short_run) {
         for (Index x = 0; x < count; ++x, stored += step, to += width)
             for (Index i = begin; i < end; i += lanes)
@@ -126,8 +132,10 @@ inline void pack_inner_runs(const Runs<T>& runs, const T* stored, Index step, In
     for (Index i = begin; i < end; i += lanes) {
         const T* from = stored + i;
         Number* into = to + i;
-        for (Index x = 0; x < count; ++x, from += step, into += width)
+        for (Index x = 0; x < count; ++x, from += step, into += width) {
+            prefetch<2>(from + below);
             store_numbers(into, runs.template activated<kind>(load_vector(from), i));
+        }
     }
 }
 
@@ -174,8 +182,8 @@ void pack_windows(const Windowed& from, Index first, Index count, Index begin, I
                 pack_zeros(until_inside, until, to + x * width);
             };
             for (Index x = 0; x < inner; ++x) pack_one(x);
-            pack_inner_runs<kind>(runs, line + left * c + inner * step, step, inner_end - inner, within, until,
-                                  to + inner * width, width);
+            pack_inner_runs<kind>(runs, line + left * c + inner * step, step, w.y.stride * source.width * c,
+                                  inner_end - inner, within, until, to + inner * width, width);
             for (Index x = inner_end; x < stretch; ++x) pack_one(x);
             k += until - within;
         }
