@@ -46,7 +46,7 @@ void load_taps(const Taps& w, const float* first, Index channels, Index columns,
         [&](int tap, Index at) {
             for (Index n = 0; n < columns; ++n) {
                 const float* along = first + at + n * w.n;
-                prefetch(along + lanes);
+                prefetch<2>(along + lanes);  // rows a power of two apart would drive each other out of the first level
                 block[tap][n] = load_lanes(along, channels);
             }
             transpose(block[tap]);
