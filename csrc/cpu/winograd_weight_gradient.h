@@ -18,7 +18,8 @@ constexpr Index tile_slice = 64;  // terms of a sum that are added up in one cha
 // Of both transformed factors of a wave: of all threads together, or of one that takes tiles of its own. Those share
 // nothing until their sums are joined, which is worth it while the sums are not too large, and the tiles not too few.
 constexpr Index wave_bytes = 6 << 20, own_wave_bytes = 384 << 10;
-constexpr Index wave_tiles_least = 256, own_wave_tiles_least = 64;
+constexpr Index wave_tiles_least = 64, thread_tiles_least = 16;
+constexpr Index single_wave_tiles = 256;  // no more than so many are one wave: the sums of one may never be written
 constexpr Index own_gradient_bytes = 4 << 20, own_tiles_least = 128;
 // Channels of each factor, their harmonic mean: below, rounding costs more than it saves. The second for split vectors.
 constexpr Index integer_channels_least[] = {48, 24};
@@ -122,8 +123,10 @@ void weight_gradient(const WeightGradient& args, Index images, int threads) {
     const bool apart =
         frequencies * depth * columns * 4 <= own_gradient_bytes && tiles.count >= threads * own_tiles_least;
     const Index parties = apart ? smaller(threads, runs.count) : 1;
-    const Index target = apart ? larger(own_wave_tiles_least, own_wave_bytes / tile_bytes)
-                               : larger(wave_tiles_least, wave_bytes / tile_bytes);
+    const Index least = !apart && tiles.count <= single_wave_tiles
+                            ? tiles.count
+                            : larger(wave_tiles_least, apart ? 0 : threads * thread_tiles_least);
+    const Index target = larger(least, (apart ? own_wave_bytes : wave_bytes) / tile_bytes);
     // Waves of about the same length: runs of one.
     const Index waves = ceiling(ceiling(tiles.count, parties), target);
     const Index wave = ceiling(ceiling(runs.count, parties), waves);
