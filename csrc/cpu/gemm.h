@@ -72,6 +72,7 @@ struct Product {
     const float *row_scale{}, *column_scale{};  // of integers: what one in a row of a, or in a column of b, stands for
     Index row_scale_stride{};
     const float* next{};  // where b's are too large for the cache: the one after this, which is fetched meanwhile
+    bool rows_are_far{};  // a's, in the shared cache: those of a tile are fetched during the one before
 };
 
 // Not inlined: registers are all the accumulators', whatever surrounds a call.
@@ -138,6 +139,9 @@ inline void product_column(const Product& p, Index rows, Index column) {
     Index row = 0;
     for (; row + whole <= rows; row += whole) {
         for (const float* const end = next + part; next < end; next += line) prefetch<2>(next);
+        if (p.rows_are_far)
+            for (Index i = row + whole; i < smaller(rows, row + 2 * whole); ++i)
+                for (Index k = 0; k < p.depth; k += line) prefetch<2>(p.a + i * p.a_row + k);
         product_tile<whole, vectors, elements, accumulate>(p, row, column);
     }
     if (row < rows) product_rest<whole - 1, vectors, elements, accumulate>(p, rows - row, row, column);
