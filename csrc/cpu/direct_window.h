@@ -164,9 +164,8 @@ void pack_windows(const Windowed& from, Index first, Index count, Index begin, I
             // Of the stretch those whose run is inside the map, and far enough from the memory's end.
             Index inner = stretch, inner_end = stretch;
             if (inside) {
-                inner = clamped(ceiling(larger(0, -left), w.x.stride), 0, stretch);
-                const Index last = source.width - run / c - left;
-                inner_end = last < 0 ? inner : clamped(last / w.x.stride + 1, inner, stretch);
+                const Span whole = w.x.inside(left, run / c, source.width, stretch);
+                inner = whole.first, inner_end = whole.last;
                 while (inner_end > inner && line + left * c + (inner_end - 1) * step + until + lanes > runs.limit)
                     --inner_end;
             }

@@ -29,9 +29,8 @@ constexpr Index own_weight_bytes = 640 << 10;  // of a transformed weight that e
 constexpr Index wave_weight_bytes = 8 << 20;  // of a transformed weight: from here on waves are faster for so few tiles
 constexpr Index wave_tiles_most = 96;         // (half as many as there are output channels, at most), and for any
                                               // where it takes half of the shared cache
-constexpr Index wave_output_bytes =
-    1700 << 10;                         // of a wave's products: the more, the less often the weight is
-                                        // transformed, but past its own cache a thread is slower to add to them
+// Of a wave's products: the more, the less often the weight is transformed. More than this gains nothing.
+constexpr Index wave_output_bytes = 1700 << 10;
 constexpr Index kept_tiles_most = 256;  // in evaluation: of more, the transformed weight is made in no time
 
 // What one output phase is made of: where the first tap of its first output reads, and the taps.

@@ -123,10 +123,8 @@ void weight_gradient(const WeightGradient& args, Index images, int threads) {
     const bool apart =
         frequencies * depth * columns * 4 <= own_gradient_bytes && tiles.count >= threads * own_tiles_least;
     const Index parties = apart ? smaller(threads, runs.count) : 1;
-    const Index least = !apart && tiles.count <= single_wave_tiles
-                            ? tiles.count
-                            : larger(wave_tiles_least, apart ? 0 : threads * thread_tiles_least);
-    const Index target = larger(least, (apart ? own_wave_bytes : wave_bytes) / tile_bytes);
+    Index target = larger(wave_tiles_least, (apart ? own_wave_bytes : wave_bytes) / tile_bytes);
+    if (!apart) target = larger(target, tiles.count <= single_wave_tiles ? tiles.count : threads * thread_tiles_least);
     // Waves of about the same length: runs of one.
     const Index waves = ceiling(ceiling(tiles.count, parties), target);
     const Index wave = ceiling(ceiling(runs.count, parties), waves);

@@ -184,6 +184,12 @@ def test_any_number_of_threads_is_as_accurate_as_torch(accuracy, threads, name, 
     compare_with_torch(accuracy, SEVERAL_THREADS[name])
 
 
+def test_waves_of_the_weights_gradient_are_as_accurate_as_torch(accuracy, threads):
+    """Sums too large for each thread to have its own, of more tiles than are transformed at a time."""
+    threads(2)
+    compare_with_torch(accuracy, Case(images=140, in_channels=180, out_channels=176, height=2, width=3, groups=2))
+
+
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("name", SEVERAL_THREADS)
 def test_same_arguments_give_the_same_bits(threads, name, count):
