@@ -103,11 +103,10 @@ struct Parts {
 };
 
 // M[f] = V[f]·U[f], or M[f] += if k > 0, for tiles `rows`, `depth` words of each from k on, and `width` columns.
-// `next` is the part of U after this one, or null; `v_is_far`, in the shared cache.
+// `next` is the part of U after this one, or null.
 template <int taps, int step, bool integers>
-inline void multiply(const Left<taps, step, integers>& v, bool v_is_far, const Transformed& m, Index f, Span rows,
-                     Index k, Index depth, const float* u, const float* next, const float* scales, Index width,
-                     Index column) {
+inline void multiply(const Left<taps, step, integers>& v, const Transformed& m, Index f, Span rows, Index k,
+                     Index depth, const float* u, const float* next, const float* scales, Index width, Index column) {
     const Index count = rows.last - rows.first;
     const Product p{v.words.at(rows.first, k) + f * v.words.frequency,
                     v.words.width,
@@ -121,7 +120,7 @@ inline void multiply(const Left<taps, step, integers>& v, bool v_is_far, const T
                     scales,
                     v.scale_stride,
                     next,
-                    v_is_far};
+                    v.words.is_far};
     constexpr Index slice = integers ? integer_slice : channel_slice;
     k > 0 ? product<elements_of<integers>, true>(p, count, width, slice)
           : product<elements_of<integers>, false>(p, count, width, slice);
@@ -199,8 +198,7 @@ void run_blocks(const Pass& pass, const Tiles& tiles, const Blocks& blocks, int 
                     const Span rows = needing<taps>(order, f);
                     for (Index panel = from; panel < until; panel += tile_columns)
                         for (Index k = 0; k < u.words; k += v.words.width)
-                            multiply(v, false, m, f, rows, k, smaller(v.words.width, u.words - k),
-                                     u.at(number, f, panel, k),
+                            multiply(v, m, f, rows, k, smaller(v.words.width, u.words - k), u.at(number, f, panel, k),
                                      fetches && f + 1 < frequencies ? u.at(number, f + 1, panel, k) : nullptr,
                                      u.scales_at(number, f, panel), u.width(panel), panel - from);
                 }
@@ -227,6 +225,7 @@ void run_waves(const Pass& pass, const Tiles& tiles, const Blocks& blocks, int t
     const Index wave = ceiling(blocks.count, waves), room = wave * blocks.room;
 
     Left<taps, step, integers> v(room, depth, pass.dtype, activation_of(pass.source.pixels));
+    v.words.is_far = true;
     Transformed m(frequencies, room, tile_columns);
     Right<taps, step, integers> u(pass.walk.taps, columns,
                                   pass.walk.phase_count);  // of which only a piece is in memory
@@ -277,8 +276,8 @@ void run_waves(const Pass& pass, const Tiles& tiles, const Blocks& blocks, int t
                     const Index end = smaller(u.words, k + left.words.width);
                     u.fill(number, phase.weight, panel, k, end, piece, u_frequency);
                     for (Index f = 0; f < frequencies; ++f)
-                        multiply(left, true, m, f, needing<taps>(order, f), k, end - k, piece + f * u_frequency,
-                                 nullptr, u.scales_at(number, f, panel), u.width(panel), 0);
+                        multiply(left, m, f, needing<taps>(order, f), k, end - k, piece + f * u_frequency, nullptr,
+                                 u.scales_at(number, f, panel), u.width(panel), 0);
                 }
                 for (Index b = block; b < block_end; ++b)
                     write(to, phase.pixel, order, blocks.first(b), blocks.last(b), panel,

@@ -18,7 +18,7 @@ constexpr Index tile_slice = 64;  // terms of a sum that are added up in one cha
 // Of both transformed factors of a wave: of all threads together, or of one that takes tiles of its own. Those share
 // nothing until their sums are joined, which is worth it while the sums are not too large, and the tiles not too few.
 constexpr Index wave_bytes = 6 << 20, own_wave_bytes = 384 << 10;
-constexpr Index wave_tiles_least = 64, thread_tiles_least = 16;
+constexpr Index wave_tiles_least = 64, thread_tiles_least = 16;  // the second for each of the threads that share one
 constexpr Index single_wave_tiles = 256;  // no more than so many are one wave: the sums of one may never be written
 constexpr Index own_gradient_bytes = 4 << 20, own_tiles_least = 128;
 // Channels of each factor, their harmonic mean: below, rounding costs more than it saves. The second for split vectors.
@@ -124,7 +124,10 @@ void weight_gradient(const WeightGradient& args, Index images, int threads) {
         frequencies * depth * columns * 4 <= own_gradient_bytes && tiles.count >= threads * own_tiles_least;
     const Index parties = apart ? smaller(threads, runs.count) : 1;
     Index target = larger(wave_tiles_least, (apart ? own_wave_bytes : wave_bytes) / tile_bytes);
-    if (!apart) target = larger(target, tiles.count <= single_wave_tiles ? tiles.count : threads * thread_tiles_least);
+    if (!apart) {
+        const Index least = tiles.count <= single_wave_tiles ? single_wave_tiles : threads * thread_tiles_least;
+        target = larger(target, smaller(least, single_wave_tiles));
+    }
     // Waves of about the same length: runs of one.
     const Index waves = ceiling(ceiling(tiles.count, parties), target);
     const Index wave = ceiling(ceiling(runs.count, parties), waves);

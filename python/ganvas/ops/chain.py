@@ -201,11 +201,12 @@ class Chain:
             # Not numel(), which makes a constant of a symbolic size.
             if layer.batch_statistics and convolved[0] * convolved[2] * convolved[3] == groups:
                 return None
-        if torch.compiler.is_compiling() and self._has_adds:  # as in eager mode, for all that is known before it runs
+        compiling = torch.compiler.is_compiling()
+        if compiling and self._has_adds:  # as in eager mode, for all that is known before it runs
             pays = all(_is_native(layer, read, dtype) for layer, read in convolutions)
         else:
             pays = any(layer.max_pool or _is_native(layer, read, dtype) for layer, read in convolutions)
-        if torch.compiler.is_compiling():
+        if compiling:
             return Prepared(pays, residual_shape, None, [], 0)
         native = kernels.native_chain(self.layers, input.shape, dtype, groups, self.adds) if pays else None
         if self._has_adds:
