@@ -110,7 +110,7 @@ void batch_norm_leaky_relu_forward_(Dtype dtype, std::int64_t rows, std::int64_t
     require((running_mean == 0) == (running_var == 0), "running_mean and running_var go together");
     batch_norm_leaky_relu_forward({shape, pointer<void>(input), pointer<float>(weight), pointer<float>(bias), training,
                                    pointer<float>(mean), pointer<float>(var), pointer<float>(running_mean),
-                                   pointer<float>(running_var), momentum, nullptr, pointer<void>(output)},
+                                   pointer<float>(running_var), momentum, nullptr, false, pointer<void>(output)},
                                   threads);
 }
 
@@ -136,7 +136,7 @@ void batch_norm_add_leaky_relu_forward_(Dtype dtype, std::int64_t rows, std::int
     batch_norm_leaky_relu_forward(
         {shape, pointer<void>(input), pointer<float>(weight), pointer<float>(bias), training, pointer<float>(mean),
          pointer<float>(var), pointer<float>(running_mean), pointer<float>(running_var), momentum,
-         pointer<void>(residual), pointer<void>(output)},
+         pointer<void>(residual), false, pointer<void>(output)},
         threads);
 }
 
@@ -239,6 +239,7 @@ void convolution_forward_(const Convolution& convolution, std::int64_t groups, A
                          {},
                          {pointer<void>(residual), pointer<float>(output_scale), pointer<float>(output_shift),
                           output_negative_slope, output_activation_first},
+                         false,
                          output_scale != 0},
                         threads);
 }
@@ -263,6 +264,7 @@ void convolution_forward_statistics_(const Convolution& convolution, std::int64_
           pointer<float>(running_mean), pointer<float>(running_var), momentum, pointer<float>(mean),
           pointer<float>(var), pointer<float>(bn_scale), pointer<float>(bn_shift)},
          {},
+         false,
          false},
         threads);
 }
@@ -305,17 +307,17 @@ void convolution_backward_weight_(const Convolution& convolution, std::int64_t g
 }
 
 // forward, backward_input and backward_weight, strides of the weight, numbers of one of bfloat16, whether values per
-// channel are and whether running ones are, norm, eps, negative_slope, activation_first, max_pool and adds.
+// channel are and whether running ones are, norm, eps, negative_slope, activation_first, max_pool, adds and adds_last.
 using LayerArguments =
     std::tuple<std::shared_ptr<Convolution>, std::shared_ptr<Convolution>, std::shared_ptr<Convolution>, Strides,
-               std::int64_t, bool, bool, Norm, float, float, bool, bool, std::int64_t>;
+               std::int64_t, bool, bool, Norm, float, float, bool, bool, std::int64_t, bool>;
 
 Chain make_chain(const std::vector<LayerArguments>& arguments, std::int64_t groups) {
     std::vector<ChainLayer> layers;
-    for (const auto& [forward, into, of_weight, strides, narrow, values, moving, norm, eps, slope, first, pool, adds] :
-         arguments)
-        layers.push_back(
-            {forward, into, of_weight, strides, narrow, values, moving, norm, eps, slope, first, pool, adds});
+    for (const auto& [forward, into, of_weight, strides, narrow, values, moving, norm, eps, slope, first, pool, adds,
+                      adds_last] : arguments)
+        layers.push_back({forward, into, of_weight, strides, narrow, values, moving, norm, eps, slope, first, pool,
+                          adds, adds_last});
     return Chain(std::move(layers), groups);
 }
 

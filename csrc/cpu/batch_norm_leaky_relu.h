@@ -1,7 +1,7 @@
 // BatchNorm and LeakyReLU in one pass over memory, in either order. Rows are pixels, channels are innermost (NHWC).
 //
 //   conv_bn_act                     output = lrelu(scale*x + shift)
-//   conv_bn_act with a residual     output = lrelu(scale*x + shift + residual)
+//   conv_bn_act with a residual     output = lrelu(scale*x + shift + residual), or lrelu(scale*x + shift) + residual
 //   conv_act_bn (activation_first)  output = scale*lrelu(x) + shift
 //
 //   scale = weight/sqrt(var + eps), shift = bias - mean*scale
@@ -38,6 +38,7 @@ struct BatchNormForward {
     float* running_var;   // [C] or null; likewise, with Bessel's correction
     float momentum;
     const void* residual;  // [rows, C] or null
+    bool adds_last;        // the residual is added to the activation
     void* output;          // [rows, C]
 };
 

@@ -109,14 +109,15 @@ void apply_forward(const T* __restrict x, Index rows, Index width, const float* 
         }
 }
 
-template <class T>
+template <bool adds_last, class T>
 void apply_forward_add(const T* __restrict x, const T* __restrict residual, Index rows, Index width,
                        const float* __restrict scale, const float* __restrict shift, Leaky leaky,
                        T* __restrict output) {
     for (Index row = 0; row < rows; ++row)
         for (Index c = 0; c < width; ++c) {
             const Index i = row * width + c;
-            store(&output[i], leaky(scale[c] * load(x[i]) + shift[c] + load(residual[i])));
+            const float value = scale[c] * load(x[i]) + shift[c], added = load(residual[i]);
+            store(&output[i], adds_last ? leaky(value) + added : leaky(value + added));
         }
 }
 
@@ -169,6 +170,7 @@ void forward(const BatchNormForward& args, const BatchNormWorkspace& workspace) 
     const Leaky leaky(shape.negative_slope);
     const T* input = static_cast<const T*>(args.input);
     const T* residual = static_cast<const T*>(args.residual);
+    const auto add = args.adds_last ? apply_forward_add<true, T> : apply_forward_add<false, T>;
     T* output = static_cast<T*>(args.output);
 
 #pragma omp parallel num_threads(workspace.threads)
@@ -232,8 +234,8 @@ void forward(const BatchNormForward& args, const BatchNormWorkspace& workspace) 
                         [&](Index first, Index count, Index row_width, T* destination) {
                             const Index start = offset + first * channels;
                             if (residual)
-                                apply_forward_add(input + start, residual + start, count, row_width, coefficients.scale,
-                                                  coefficients.shift, leaky, destination);
+                                add(input + start, residual + start, count, row_width, coefficients.scale,
+                                    coefficients.shift, leaky, destination);
                             else
                                 apply_forward<activation_first>(input + start, count, row_width, coefficients.scale,
                                                                 coefficients.shift, leaky, destination);

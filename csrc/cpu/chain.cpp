@@ -47,7 +47,7 @@ void require_fit(const ChainLayer& before, const ChainLayer& layer) {
 void require_addition(const std::vector<ChainLayer>& layers, std::size_t position) {
     const ChainLayer& layer = layers[position];
     require(layer.norm != Norm::none && !layer.activation_first && !layer.max_pool,
-            "what a layer adds comes between its norm and its activation, and it does not pool");
+            "what a layer adds comes after its norm, before or after its activation, and it does not pool");
     if (layer.adds == ChainLayer::given) return;
     require(layer.adds >= 0 && layer.adds <= static_cast<std::int64_t>(position), "layer ", position,
             " adds the input of one that comes before, or its own; got ", layer.adds);
@@ -225,7 +225,8 @@ std::int64_t Chain::statistics_floats() const {
 bool Chain::gradient_has_sums(std::size_t i) const {
     const ChainLayer& layer = layers_[i];
     if (i + 1 == layers_.size() || layer.max_pool) return false;
-    return !writes(i) || (!layer.activation_first && layer.negative_slope >= 0);
+    // What was written has the kink's side, unless something was added to that.
+    return !writes(i) || (!layer.activation_first && layer.negative_slope >= 0 && !layer.adds_last);
 }
 
 void Chain::forward(const ChainForward& call, int threads) const {
@@ -277,6 +278,7 @@ void Chain::forward(const ChainForward& call, int threads) const {
         } else {
             set_fixed_statistics(stage);
             if (activates) args.activation = stage.pending(residual);
+            args.adds_last = layer.adds_last;
         }
         layer.forward->forward(args, threads);
         if (adder_[i] < 0) memory.give(inputs[i]);
@@ -292,9 +294,10 @@ void Chain::forward(const ChainForward& call, int threads) const {
             result = pooled;
         } else if ((last || writes(i)) && !is_output && !activates) {
             const PixelMemory::Block written = place(last ? call.output : tensors.written, output_bytes(layer));
-            batch_norm_leaky_relu_forward({stage.norm_shape(), output, tensors.bn_weight, tensors.bn_bias, false,
-                                           stage.mean, stage.var, nullptr, nullptr, 0.0f, residual, written.begin},
-                                          threads);
+            batch_norm_leaky_relu_forward(
+                {stage.norm_shape(), output, tensors.bn_weight, tensors.bn_bias, false, stage.mean, stage.var, nullptr,
+                 nullptr, 0.0f, residual, layer.adds_last, written.begin},
+                threads);
             before = {written.begin, nullptr, nullptr, 1.0f, false};
             memory.give(result);
             result = written;
@@ -309,7 +312,11 @@ void Chain::backward(const ChainBackward& call, int threads) const {
     std::size_t first = 0;
     if (!call.grad_input)
         while (first + 1 < count && !call.gradients[first].any()) ++first;
-    if (call.grad_residual) first = std::min(first, residual_layer_);
+    if (call.grad_residual) {
+        require(residual_layer_ + 1 < count || !layers_.back().adds_last,
+                "what is added last to the output has its gradient, and no other");
+        first = std::min(first, residual_layer_);
+    }
     std::vector<Stage<const float>> stages;
     stages.reserve(count);
     for_each_stage(layers_, call.layers, groups_, call.statistics,
@@ -355,9 +362,11 @@ void Chain::backward(const ChainBackward& call, int threads) const {
         } else if (!gradient_has_sums(i)) {
             const PixelMemory::Block result = memory.take(stored_bytes(layer));
             const std::int64_t adds = last && call.residual_is_input ? 0 : layer.adds;
+            // Of what is added last the gradient is the result's.
             const PixelMemory::Block residual =
-                adds >= 0 ? memory.take(stored_bytes(layer))
-                          : PixelMemory::Block{i == residual_layer_ ? call.grad_residual : nullptr, 0};
+                layer.adds_last ? PixelMemory::Block{}
+                : adds >= 0     ? memory.take(stored_bytes(layer))
+                                : PixelMemory::Block{i == residual_layer_ ? call.grad_residual : nullptr, 0};
             const void* const grad = last ? call.grad_output : gradient.begin;
             const void* const output = last ? call.output : tensors.written;
             const void* const side = output ? output : grad;
@@ -365,8 +374,13 @@ void Chain::backward(const ChainBackward& call, int threads) const {
                 {stage.norm_shape(), grad, tensors.stored, tensors.bn_weight, tensors.bn_bias, stage.mean, stage.var,
                  training, result.begin, of_bn_weight, of_bn_bias, residual.begin ? side : nullptr, residual.begin},
                 threads);
-            if (adds >= 0) added[static_cast<std::size_t>(adds)] = residual;
-            memory.give(gradient);
+            if (layer.adds_last && adds >= 0) {
+                added[static_cast<std::size_t>(adds)] =
+                    last ? PixelMemory::Block{const_cast<void*>(call.grad_output), 0} : gradient;  // it is only read
+            } else {
+                if (adds >= 0) added[static_cast<std::size_t>(adds)] = residual;
+                memory.give(gradient);
+            }
             gradient = result;
         } else {
             if (layer.norm == Norm::none) {
@@ -419,7 +433,8 @@ void Chain::backward(const ChainBackward& call, int threads) const {
         if (i == first && !call.grad_input) break;
         require(layer.backward_input != nullptr, "an input's gradient is asked for, but not made here");
         const bool summed = previous && gradient_has_sums(i - 1);
-        const bool of_residual = summed && i - 1 == residual_layer_ && call.grad_residual;
+        const bool of_residual =
+            previous && (summed || previous->layer.adds_last) && i - 1 == residual_layer_ && call.grad_residual;
         const PixelMemory::Block next = i == 0        ? PixelMemory::Block{call.grad_input, 0}
                                         : of_residual ? PixelMemory::Block{call.grad_residual, 0}
                                                       : memory.take(output_bytes(previous->layer));

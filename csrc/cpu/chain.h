@@ -25,8 +25,10 @@ struct ChainLayer {
     float eps, negative_slope;
     bool activation_first;
     bool max_pool;  // 2×2, with stride 2
-    // What is added before the activation: the input of this layer, `nothing`, or what the chain is `given`.
+    // What is added to the norm, before the activation: the input of this layer or one before, `nothing`, or what the
+    // chain is `given`.
     std::int64_t adds;
+    bool adds_last;  // to the activation instead
     static constexpr std::int64_t nothing = -1, given = -2;
 
     const ConvolutionShape& shape() const { return forward->shape; }
@@ -69,7 +71,7 @@ struct ChainBackward {
     const void* output;       // what forward wrote, where a residual was added
     const float* statistics;  // what forward left
     void* grad_input;         // null: not wanted
-    void* grad_residual;      // null: there was none, or it was the input
+    void* grad_residual;      // null: there was none, it was the input, or the last layer adds it last: grad_output
     bool residual_is_input;   // its gradient is part of the input's
     bool overwrites_kept;     // what forward kept is needed no more: gradients may take its place
     const LayerTensors* layers;

@@ -66,9 +66,10 @@ struct ConvolutionForward {
     const float* bias;  // [Co] or null
     void* output;       // [N, H', W', Co]
     OutputStatistics statistics;
-    // With a scale and no statistics: what is written instead of the raw output. Its `stored` is what is added before
-    // the activation, like the output, or null.
+    // With a scale and no statistics: what is written instead of the raw output. Its `stored` is what is added to the
+    // norm, or last, to the activation: like the output, or null.
     PendingActivation activation;
+    bool adds_last;
     bool evaluates;  // nothing is trained: the next call's weight may well be the same
 };
 

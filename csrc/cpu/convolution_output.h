@@ -124,6 +124,7 @@ struct Destination {
     float negative_slope;       // forward: of the activation that the statistics come after
     bool streams;               // past the cache, where whole lines are written
     const void *added, *written;  // backward, with a kink that is told from what was written
+    bool adds_last;               // forward: to the activation, not to what it is of
 };
 
 inline bool streams(const Destination& to, Dtype dtype, Index images) {
@@ -173,15 +174,15 @@ inline Destination destination_of(const ConvolutionForward& args, Index step = 1
     const ConvolutionShape& s = args.shape;
     Destination to{args.output, s.out_height, s.out_width,     s.out_channels, s.batch / s.groups,
                    step,        args.bias,    args.activation, nullptr,        args.statistics.negative_slope,
-                   false,       nullptr,      nullptr};
+                   false,       nullptr,      nullptr,         args.adds_last};
     to.streams = streams(to, s.dtype, s.batch);
     return to;
 }
 
 inline Destination destination_of(const ConvolutionBackwardInput& args, Index step = 1) {
     const ConvolutionShape& s = args.shape;
-    Destination to{args.grad_input, s.height,  s.width, s.in_channels, s.batch / s.groups, step,        nullptr,
-                   beside_of(args), args.mean, 1.0f,    false,         args.added,         args.written};
+    Destination to{args.grad_input, s.height,  s.width, s.in_channels, s.batch / s.groups, step,         nullptr,
+                   beside_of(args), args.mean, 1.0f,    false,         args.added,         args.written, false};
     to.streams = streams(to, s.dtype, s.batch);
     return to;
 }
@@ -233,8 +234,10 @@ inline __attribute__((always_inline)) Vector output_at(Vector value, const Desti
     };
     if (kind == Output::added) value += beside(to.pending.stored);
     if (activates<kind>) {
-        const Vector shift = to.pending.stored ? of.shift + beside(to.pending.stored) : of.shift;
+        const bool last = to.pending.stored && to.adds_last;
+        const Vector shift = to.pending.stored && !last ? of.shift + beside(to.pending.stored) : of.shift;
         value = pending_activation<kind == Output::activated_first>(value, of.scale, shift, leaky);
+        if (last) value += beside(to.pending.stored);
     }
     if (goes_backward<kind>) {
         const Vector x = beside(to.pending.stored);

@@ -250,8 +250,8 @@ class Convolution:
 class Chain:
     """Layers in one call. Of each: its convolution forward and those of the gradients of input and weight, strides of
     the weight, numbers of one of bfloat16 (0: it is of float32), whether values per channel are of bfloat16 and whether
-    running ones are, norm, eps, negative_slope, activation_first, max_pool, and which layer's input it adds before the
-    activation (-1: none, -2: the residual).
+    running ones are, norm, eps, negative_slope, activation_first, max_pool, which layer's input it adds to the norm
+    (-1: none, -2: the residual), and whether it adds that to the activation instead.
     """
 
     def __init__(
@@ -271,6 +271,7 @@ class Chain:
                 bool,
                 bool,
                 int,
+                bool,
             ]
         ],
         groups: int,

@@ -41,7 +41,7 @@ NORMS = (None, True, False)  # no norm, batch statistics, fixed statistics
 def layer(
     in_channels: int, out_channels: int, convolution: str = "3x3", norm: bool | None = True, *,
     activation_first: bool = False, bias: bool = False, affine: bool = True, slope: float = 0.2, max_pool: bool = False,
-    dtype: torch.dtype = torch.float32, generator: torch.Generator | None = None,
+    adds_last: bool = False, dtype: torch.dtype = torch.float32, generator: torch.Generator | None = None,
 ) -> Layer:  # fmt: skip
     """A layer with random parameters and statistics."""
 
@@ -58,6 +58,7 @@ def layer(
         negative_slope=slope,
         activation_first=activation_first and norm is not None,
         max_pool=max_pool,
+        adds_last=adds_last,
     )
     if norm is None:
         return values

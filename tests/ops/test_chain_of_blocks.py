@@ -20,7 +20,7 @@ from ganvas.ops.backends import cpu
 from ganvas.ops.backends.cpu import chain as native_chains
 from ganvas.ops.backends.cpu.chain import NativeChain
 from ganvas.ops.chain import Chain, Layer, conv_bn_leaky_relu_chain
-from ganvas.ops.layers import GIVEN, Adds, decode_adds, encode
+from ganvas.ops.layers import GIVEN, Adds, decode, decode_adds, encode, output_has_kink
 
 
 @pytest.fixture(autouse=True)
@@ -32,9 +32,14 @@ def image(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(shape or (4, 16, 10, 12), generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
+LAST = ", after the activation"
+
+
 def blocks_of(name: str, dtype: torch.dtype = torch.float32, **options) -> tuple[list[Layer], Adds]:
     """Layers, ``options`` of those that add, and what they add."""
     generator = torch.Generator().manual_seed(0)
+    if name.endswith(LAST):
+        name, options = name.removesuffix(LAST), {**options, "adds_last": True}
 
     def make(*arguments, **own) -> Layer:
         return layer(*arguments, generator=generator, dtype=dtype, **own)
@@ -87,6 +92,13 @@ BLOCKS = (
     "a shortcut in between", "a shortcut last", "after given statistics", "after no norm",
     "after an activation before the norm", "after pooling", "after a negative slope", "pooled in between", "1x1",
     "strides",
+    *(
+        f"{name}{LAST}"
+        for name in (
+            "two blocks", "from the input on", "one in the other", "a shortcut first", "a shortcut in between",
+            "a shortcut last", "after pooling", "after a negative slope", "pooled in between",
+        )
+    ),
 )  # fmt: skip
 
 
@@ -96,14 +108,17 @@ def shortcut(adds: Adds, dtype: torch.dtype = torch.float32) -> Tensor | None:
 
 
 def one_by_one(adds: Adds) -> Callable[..., Tensor]:
-    """Each layer as a chain of its own."""
+    """Each layer as a chain of its own. What is added last torch adds."""
 
     def run(input: Tensor, layers: list[Layer], groups: int = 1, residual: Tensor | None = None) -> Tensor:
         inputs = []
         for one, added in zip(layers, adds, strict=True):
             inputs.append(input)
             own = residual if added == GIVEN else None if added is None else inputs[added]
-            input = conv_bn_leaky_relu_chain(input, [one], groups, own)
+            if own is not None and one.adds_last:
+                input = conv_bn_leaky_relu_chain(input, [one], groups) + own
+            else:
+                input = conv_bn_leaky_relu_chain(input, [one], groups, own)
         return input
 
     return run
@@ -145,7 +160,8 @@ def test_residuals_of_its_own_in_bfloat16_are_as_exact_as_one_by_one(name):
     for name_, tensor in exact.items():
         assert ours[name_].dtype is others[name_].dtype, name_
         error, other = ((result[name_] - tensor).norm() for result in (ours, others))
-        assert error <= 2 * other + 1e-3 * tensor.norm(), name_
+        # Half a rounding: over seeds both are some 7e-3 off, but one of the two may be lucky.
+        assert error <= 2 * other + 2.0**-9 * tensor.norm(), name_
 
 
 @pytest.mark.parametrize("norm", [True, False])
@@ -171,7 +187,9 @@ def leaves_of(layers: list[Layer]) -> list[Tensor]:
     return [tensor for one in layers for tensor in one.tensors if tensor is not None]
 
 
-@pytest.mark.parametrize("name", ["two blocks", "after an activation before the norm", "pooled in between"])
+@pytest.mark.parametrize(
+    "name", ["two blocks", "after an activation before the norm", "pooled in between", f"two blocks{LAST}"]
+)
 def test_a_graph_that_is_retained_gives_the_same_gradients_again(name):
     layers, adds = blocks_of(name)
     layers, x = with_grad(layers), image().requires_grad_()
@@ -182,8 +200,9 @@ def test_a_graph_that_is_retained_gives_the_same_gradients_again(name):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_the_residual_alone_may_want_a_gradient():
-    layers, adds = blocks_of("a shortcut first")
+@pytest.mark.parametrize("name", ["a shortcut first", f"a shortcut first{LAST}", f"a shortcut last{LAST}"])
+def test_the_residual_alone_may_want_a_gradient(name):
+    layers, adds = blocks_of(name)
     everywhere = everything(in_one(adds), image(), layers, 1, shortcut(adds))
     for made in ("native", "by layers"):
         residual = shortcut(adds).requires_grad_()
@@ -226,7 +245,9 @@ def test_backward_by_layers_where_what_was_saved_comes_back_in_another_layout(mo
     assert_close(got, expected, 2e-5)
 
 
-@pytest.mark.parametrize("name", ["two blocks", "one in the other", "a shortcut first", "after no norm"])
+@pytest.mark.parametrize(
+    "name", ["two blocks", "one in the other", "a shortcut first", "after no norm", f"a shortcut last{LAST}"]
+)
 def test_gradients_of_second_order(name):
     layers, adds = blocks_of(name)
     found = []
@@ -240,8 +261,9 @@ def test_gradients_of_second_order(name):
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
 
 
-def test_the_input_may_be_the_last_residual_besides():
-    layers, _ = blocks_of("from the input on")
+@pytest.mark.parametrize("how", ["", LAST])
+def test_the_input_may_be_the_last_residual_besides(how):
+    layers, _ = blocks_of(f"from the input on{how}")
     x = image().contiguous(memory_format=torch.channels_last)
     found = []
     for adds in ((None, 0, None, None), (None, None, None, None)):
@@ -259,6 +281,7 @@ def test_the_input_may_be_the_last_residual_besides():
 
 # Those that differ in what the operator is told or returns.
 OPERATORS = ("two blocks", "from the input on", "a shortcut in between", "pooled in between", "a shortcut last")
+OPERATORS = (*OPERATORS, f"a shortcut in between{LAST}", f"a shortcut last{LAST}")
 
 
 @pytest.mark.parametrize("name", OPERATORS)
@@ -305,7 +328,7 @@ def test_torch_agrees_on_what_the_operator_returns(name):
     )
     with torch.no_grad():
         output, moments, stored = operators.conv_bn_leaky_relu_chain(image(), residual, *encoded, 1, True)
-    result = output if adds[-1] is not None else None
+    result = output if output_has_kink(layers, adds, residual is not None) else None
     parameters = [parameter.detach() for parameter in encoded.parameters]
     arguments = (
         torch.randn_like(output), image(), result, parameters, moments, stored, encoded.integers, encoded.reals,
@@ -317,8 +340,19 @@ def test_torch_agrees_on_what_the_operator_returns(name):
 @pytest.mark.parametrize("name", BLOCKS)
 def test_what_layers_add_is_encoded_with_them(name):
     layers, adds = blocks_of(name)
-    assert decode_adds(encode(layers, adds).integers) == adds
+    encoded = encode(layers, adds)
+    assert decode_adds(encoded.integers) == adds
+    assert [one.adds_last for one in decode(encoded.parameters, None, encoded.integers, encoded.reals)] == [
+        one.adds_last for one in layers
+    ]
     assert decode_adds(encode(layers).integers) == (None,) * len(layers)
+
+
+@pytest.mark.parametrize("name", ["two blocks", "a shortcut last"])
+def test_a_kink_of_any_slope_may_come_before_what_is_added(name):
+    layers, adds = blocks_of(f"{name}{LAST}", slope=-0.3)
+    expected = everything(one_by_one(adds), image(), layers, 2, shortcut(adds))
+    assert_close(everything(in_one(adds), image(), layers, 2, shortcut(adds)), expected, 2e-5)
 
 
 def changed(layers: list[Layer], at: int, **changes) -> list[Layer]:
@@ -368,14 +402,14 @@ def test_a_last_backward_pass_takes_at_most_two_buffers_more_than_without_residu
     assert held[1] - held[0] <= 2 * largest
 
 
-def _layer(channels: int = 16, out: int = 16, adds: int = -1, **changes) -> tuple:
+def _layer(channels: int = 16, out: int = 16, adds: int = -1, last: bool = False, **changes) -> tuple:
     convolution = native.Convolution(
         native.ConvolutionKind.conv3x3, native.Dtype.float32, False, (2, channels, 8, 8), out, 1
     )
     options = {"norm": native.Norm.batch, "slope": 0.2, "first": False, "pool": False} | changes
     return (
         convolution, convolution, convolution, (144, 9, 3, 1), 0, False, False, options["norm"], 1e-5, options["slope"],
-        options["first"], options["pool"], adds,
+        options["first"], options["pool"], adds, last,
     )  # fmt: skip
 
 
@@ -384,8 +418,8 @@ def _layer(channels: int = 16, out: int = 16, adds: int = -1, **changes) -> tupl
     [
         ([_layer(), _layer(adds=2)], "layer 1 adds the input of one that comes before, or its own; got 2"),
         ([_layer(adds=-3)], "layer 0 adds the input of one that comes before, or its own; got -3"),
-        ([_layer(adds=0, norm=native.Norm.none)], "between its norm and its activation"),
-        ([_layer(adds=0, first=True)], "between its norm and its activation"),
+        ([_layer(adds=0, norm=native.Norm.none)], "after its norm, before or after its activation"),
+        ([_layer(adds=0, first=True)], "after its norm, before or after its activation"),
         ([_layer(adds=0, pool=True)], "and it does not pool"),
         ([_layer(16, 24, adds=0)], "is like its output; got 16×8×8 for 24×8×8"),
         ([_layer(norm=native.Norm.none, slope=1.0), _layer(adds=1)], "is an activation, or the chain's input"),
@@ -408,6 +442,17 @@ def test_what_is_given_has_to_be_given():
     chain = native.Chain([_layer(adds=GIVEN, norm=native.Norm.fixed), _layer(norm=native.Norm.fixed)], 1)
     with pytest.raises(ValueError, match="a layer adds what is given; got no residual"):
         chain.forward(8, 0, [8, 0, 0, 0] * 2, [8, 8, 0] * 2, [0.1] * 2, [], 8, 8, 1)
+
+
+def test_what_the_last_layer_adds_last_has_the_gradient_of_the_output():
+    chain = native.Chain([_layer(adds=GIVEN, last=True)], 1)
+    x = image(2, 16, 8, 8)
+    statistics = torch.zeros(chain.statistics_floats)
+    with pytest.raises(ValueError, match="what is added last to the output has its gradient"):
+        chain.backward(
+            x.data_ptr(), x.data_ptr(), 0, [x.data_ptr(), 0, 0, 0], [x.data_ptr(), 0, 0], statistics.data_ptr(),
+            0, x.data_ptr(), False, [0, 0, 0, 0], False, 1,
+        )  # fmt: skip
 
 
 def test_what_is_added_has_to_be_kept():

@@ -438,7 +438,10 @@ def _convolution(channels: int = 16, out: int = 16, side: int = 8) -> native.Con
 
 
 def _layer(convolution: native.Convolution, norm: native.Norm = native.Norm.batch, max_pool: bool = False) -> tuple:
-    return convolution, convolution, convolution, (144, 9, 3, 1), 0, False, False, norm, 1e-5, 0.2, False, max_pool, -1
+    return (
+        convolution, convolution, convolution, (144, 9, 3, 1), 0, False, False, norm, 1e-5, 0.2, False, max_pool, -1,
+        False,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from ganvas.ops.chain_passes import (
 )
 from ganvas.ops.direct import holds, runs_as_operator, runs_directly
 from ganvas.ops.kernels import kernels_of
-from ganvas.ops.layers import GIVEN, Adds, Layer, by_layer, residual_layer
+from ganvas.ops.layers import GIVEN, Adds, Layer, by_layer, output_has_kink, residual_layer
 from ganvas.ops.selection import choose
 
 __all__ = ["Chain", "Layer", "can_chain", "conv_bn_leaky_relu_chain"]
@@ -54,8 +54,8 @@ def conv_bn_leaky_relu_chain(
     Args:
         input: (N, C, H, W) float32 or bfloat16 on the CPU; copied to channels_last where it is not.
         statistics_groups: equal consecutive parts of the batch with batch statistics of their own.
-        residual: like the output; added to the last layer's norm, before its activation. That layer has a norm, the
-            activation after it, and no pooling.
+        residual: like the output; added to the last layer's norm, before its activation, or after it
+            (:attr:`ganvas.ops.layers.Layer.adds_last`). That layer has a norm, the activation after it, and no pooling.
 
     Returns:
         The last layer's activation, channels_last. Gradients of every order. A backward pass that does not retain the
@@ -139,8 +139,8 @@ class Chain:
             shape = prepared.residual_shape
             if not (holds(residual, shape, input.device) and residual.dtype is _computed_dtype(input)):
                 return None  # torch broadcasts and promotes
-            if self.layers[self.residual_layer].negative_slope < 0:
-                return None  # the output's sign would not tell the side of the kink
+            if not _tells_its_kink(self.layers[self.residual_layer]):
+                return None
         return prepared
 
     def run(self, prepared: Prepared | None, input: Tensor, statistics_groups: int, residual: Tensor | None) -> Tensor:
@@ -186,7 +186,7 @@ class Chain:
             if i == self.residual_layer:
                 residual_shape = convolved
             if added is not None and added != GIVEN:
-                if layer.negative_slope < 0 or convolutions[added][1] != convolved:
+                if not _tells_its_kink(layer) or convolutions[added][1] != convolved:
                     return None  # as prepare() has it of a residual
                 if added > 0 and self.layers[added - 1].is_bare:
                     return None
@@ -217,6 +217,11 @@ class Chain:
         return [(type(tensor), tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in self._tensors]
 
 
+def _tells_its_kink(layer: Layer) -> bool:
+    """Of one that adds: whether backward finds the kink's side, told from the output's sign where it adds before it."""
+    return layer.adds_last or layer.negative_slope >= 0
+
+
 def _is_native(layer: Layer, input_shape: torch.Size, dtype: torch.dtype) -> bool:
     """Whether a native kernel runs, forward or backward. In a graph it is the operator that measures, when it runs."""
     kernels, arguments = kernels_of(layer.weight), (layer.geometry, layer.weight, input_shape, dtype)
@@ -244,8 +249,7 @@ class _ChainFunction(torch.autograd.Function):
             if layers[-1].is_bare:  # the output itself, over which others may write: backward does without
                 kept[-len(kept) // len(stages)] = None
         # The output tells the side of the kink: the residual itself is needed for second derivatives only.
-        adds = chain.adds[-1] is not None or (residual is not None and chain.residual_layer == len(layers) - 1)
-        result = output if adds and layers[-1].negative_slope != 1.0 else None
+        result = output if output_has_kink(layers, chain.adds, residual is not None) else None
         ctx.save_for_backward(input, residual, result, *tensors, *kept)
         ctx.layers, ctx.adds, ctx.groups, ctx.native = layers, chain.adds, groups, native
         once = not {0, GIVEN} & set(chain.adds)

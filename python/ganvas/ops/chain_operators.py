@@ -19,7 +19,6 @@ from ganvas.ops.batch_norm_leaky_relu import move_running_statistics
 from ganvas.ops.chain_passes import Stage, differentiable_backward, restored_all, run_backward, run_forward
 from ganvas.ops.kernels import kernels_of
 from ganvas.ops.layers import (
-    GIVEN,
     Adds,
     Gradients,
     Layer,
@@ -28,6 +27,7 @@ from ganvas.ops.layers import (
     encode,
     hands_on_written,
     moments_of,
+    output_has_kink,
 )
 from ganvas.ops.schemas import library, ops
 
@@ -119,6 +119,8 @@ def _backward(
         of_input = None if found.input is None else checks.channels_last(found.input)
         of_parameters = [_laid_out_like(tensor, gradient) for tensor, gradient in zip(tensors, found.tensors)]
         found = Gradients(of_input, found.residual, of_parameters)
+    if found.residual is not None and found.residual.data_ptr() == grad_output.data_ptr():
+        found = found._replace(residual=found.residual.clone())  # an operator's results share no memory with arguments
     return [gradient for gradient in (found.input, found.residual, *found.tensors) if gradient is not None]
 
 
@@ -198,9 +200,8 @@ def _laid_out_like(parameter: Tensor | None, gradient: Tensor | None) -> Tensor 
 def _setup_context(ctx, inputs, output) -> None:
     input, residual, parameters, statistics, ctx.integers, ctx.reals, ctx.groups, ctx.keep = inputs
     activation, moments, stored = output
-    adds = decode_adds(ctx.integers)
-    adding = adds[-1] is not None or (residual is not None and GIVEN not in adds)
-    result = activation if adding and ctx.reals[-1] != 1.0 else None
+    layers, adds = decode(parameters, None, ctx.integers, ctx.reals), decode_adds(ctx.integers)
+    result = activation if output_has_kink(layers, adds, residual is not None) else None
     ctx.save_for_backward(input, residual, result, moments, *parameters, *statistics, *stored)
     ctx.lengths = [len(parameters), len(statistics), len(stored)]
     ctx.mark_non_differentiable(moments, *stored)

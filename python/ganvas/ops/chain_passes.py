@@ -169,7 +169,7 @@ def run_backward(
 ) -> Gradients:
     """Gradients of a chain: of the residual wherever there is one, of ``tensors`` as ``wanted`` has it.
 
-    ``output`` tells the side of the last kink where something was added; None with a slope of 1.
+    ``output`` tells the side of the last kink: see :func:`ganvas.ops.layers.output_has_kink`.
     """
     adds = adds or (None,) * len(layers)
     last, size, of_layer = len(layers) - 1, len(Tensors._fields), by_layer(tensors)
@@ -190,9 +190,13 @@ def run_backward(
         )
         added = adds[i]
         if added is not None or (has_residual and i == residual_layer(adds)):
-            raw, of_bn_weight, of_bn_bias, of_sum = kernels_of(grad).activate_add_backward(
-                checks.channels_last(grad), output if i == last else stages[i].written, stages[i].pending
-            )
+            of_sum = grad = checks.channels_last(grad)
+            if layer.adds_last:
+                raw, of_bn_weight, of_bn_bias = kernels_of(grad).activate_backward(grad, stages[i].pending)
+            else:
+                raw, of_bn_weight, of_bn_bias, of_sum = kernels_of(grad).activate_add_backward(
+                    grad, output if i == last else stages[i].written, stages[i].pending
+                )
             if added is None or added == GIVEN:
                 of_residual = of_sum
             else:
@@ -230,6 +234,7 @@ def _forward(
     """
     if residual is not None:
         residual = checks.channels_last(residual)
+    before_kink = None if layer.adds_last else residual
     stored = before.stored
     kernels = kernels_of(stored)
     kernel = kernels.chosen_convolution(
@@ -246,7 +251,9 @@ def _forward(
         and not (kept or layer.batch_statistics or layer.max_pool or layer.is_bare)
     ):
         pending = fixed(kernel.output(), *norm, *given, *options, groups)  # type: ignore[call-arg]
-        activation = kernel.activated(before, own.weight, own.bias, pending, residual)
+        activation = kernel.activated(before, own.weight, own.bias, pending, before_kink)
+        if residual is not None and layer.adds_last:
+            activation += residual
         return Stage(pending, activation), activation
     if kernel is not None and layer.batch_statistics:
         pending = kernel.forward_with_statistics(before, own.weight, own.bias, *norm, *running, *options, groups)
@@ -257,12 +264,14 @@ def _forward(
             input = kernels.activate(before) if written is None else written
             output = checks.channels_last(convolve(input, *_of_dtype(own, input.dtype), layer.geometry))
         if layer.batch_statistics:
-            pending, activation = kernels.batch_normalised(output, residual, *norm, *running, *options, groups)
+            pending, activation = kernels.batch_normalised(output, before_kink, *norm, *running, *options, groups)
         else:
             pending = fixed(output, *norm, *given, *options, groups)  # type: ignore[call-arg]
     if layer.batch_statistics and not moved:
         _move_running_statistics(layer, pending)
-    if residual is not None and activation is None:
+    if residual is not None and layer.adds_last:
+        activation = (kernels.activate(pending) if activation is None else activation) + residual
+    elif residual is not None and activation is None:
         activation = kernels.activate_add(pending, residual)
     return (Stage(pending, *kernels.max_pool(pending)), None) if layer.max_pool else (Stage(pending), activation)
 
@@ -392,8 +401,10 @@ def differentiable_backward(
                     training=layer.batch_statistics, momentum=0.0, eps=layer.eps, negative_slope=layer.negative_slope,
                     order="conv_act_bn" if layer.activation_first else "conv_bn_act",
                     statistics_groups=groups if layer.batch_statistics else 1,
-                    residual=added,
+                    residual=None if layer.adds_last else added,
                 )  # fmt: skip
+                if added is not None and layer.adds_last:
+                    output = output + added
             if layer.max_pool:
                 output = F.max_pool2d(output, 2)
         grads = reference_gradients(output, (input, residual, *tensors), grad_output)

@@ -52,6 +52,8 @@ class Layer:
     """Of the convolution, where there is no choice to be made."""
     batches: Tensor | None = None
     """int64, a number: counts the groups whose statistics are taken. None: they are not, or elsewhere."""
+    adds_last: bool = False
+    """What the layer adds, if anything, is added to its activation, not to the norm before that."""
 
     @property
     def is_bare(self) -> bool:
@@ -102,8 +104,8 @@ GIVEN = -2
 """As native chains number it, beside the layers."""
 
 Adds = tuple[int | None, ...]
-"""Of a chain's layers, the one whose input each adds to its norm, before its activation; None: none, :data:`GIVEN`: the
-residual that the chain is called with, else the last layer's.
+"""Of a chain's layers, the one whose input each adds to its norm, before its activation (or after it:
+:attr:`Layer.adds_last`); None: none, :data:`GIVEN`: the residual that the chain is called with, else the last layer's.
 
 An input is the chain's, or a layer's activation, which then is written. It is added once. The layer that adds has a
 norm, the activation after it, and no pooling."""
@@ -117,6 +119,12 @@ def hands_on_written(layers: Sequence[Layer], adds: Adds, i: int) -> bool:
 def residual_layer(adds: Adds) -> int:
     """The layer that adds what the chain is called with, if it is."""
     return adds.index(GIVEN) if GIVEN in adds else len(adds) - 1
+
+
+def output_has_kink(layers: Sequence[Layer], adds: Adds, has_residual: bool) -> bool:
+    """Whether backward tells the side of the last kink from the chain's output: something was added before it."""
+    last, adding = layers[-1], adds[-1] is not None or (has_residual and GIVEN not in adds)
+    return adding and not last.adds_last and last.negative_slope != 1.0
 
 
 def moments_of(moments: Tensor, layers: Sequence[Layer], groups: int) -> Iterator[Tensor]:
@@ -136,7 +144,7 @@ def by_layer(tensors: Sequence[Tensor | None]) -> list[Tensors]:
 
 _NOTHING = -1
 _NORMS = (None, False, True)  # numbered, as values of ``batch_statistics``
-_INTEGERS = 18  # of a layer: a Geometry, the norm, two flags, which of the optional tensors there are, what it adds
+_INTEGERS = 19  # of a layer: a Geometry, the norm, three flags, which of the optional tensors there are, what it adds
 
 
 class Encoded(NamedTuple):
@@ -163,7 +171,7 @@ def encode(layers: Sequence[Layer], adds: Adds | None = None) -> Encoded:
                 *geometry.stride, *geometry.padding, *geometry.dilation, int(geometry.transposed),
                 *geometry.output_padding, geometry.groups, int(geometry.upsampled),
                 _NORMS.index(layer.batch_statistics), int(layer.activation_first), int(layer.max_pool),
-                *(int(t is not None) for t in optional), _NOTHING if added is None else added,
+                int(layer.adds_last), *(int(t is not None) for t in optional), _NOTHING if added is None else added,
             )
         )  # fmt: skip
         encoded.reals.extend((layer.eps, layer.negative_slope))
@@ -193,7 +201,7 @@ def _decoded(
 ) -> Layer:
     (
         *pairs, transposed, output_height, output_width, groups, upsampled,
-        norm, activation_first, max_pool, has_bias, has_bn_weight, has_bn_bias, _,
+        norm, activation_first, max_pool, adds_last, has_bias, has_bn_weight, has_bn_bias, _,
     ) = integers  # fmt: skip
     stride, padding, dilation = ((pairs[i], pairs[i + 1]) for i in (0, 2, 4))
     geometry = Geometry(
@@ -205,5 +213,5 @@ def _decoded(
     mean, var = (None, None) if fixed is None else (next(fixed), next(fixed))
     return Layer(
         geometry, weight, bias, _NORMS[norm], bn_weight, bn_bias, mean, var, 0.0, eps, slope, bool(activation_first),
-        bool(max_pool),
+        bool(max_pool), adds_last=bool(adds_last),
     )  # fmt: skip

@@ -115,8 +115,10 @@ class NativeChain:
             return None
         grad_input = torch.empty_like(input) if wants_input else None
         grad_residual = None
-        if has_residual and not residual_is_input:
-            grad_residual = empty_pixels(self._convolutions[residual_layer(self._adds)].output_shape, self._dtype)
+        adding = residual_layer(self._adds)
+        adds_to_output = adding == len(self._layers) - 1 and self._layers[adding].adds_last
+        if has_residual and not (residual_is_input or adds_to_output):
+            grad_residual = empty_pixels(self._convolutions[adding].output_shape, self._dtype)
         read = self._readable(parameters)
         gradients = [
             torch.empty_like(tensor) if want and tensor is not None else None for tensor, want in zip(read, wanted)
@@ -131,6 +133,8 @@ class NativeChain:
         if not self._reads_all:
             dtypes = (torch.float32 if tensor is None else tensor.dtype for tensor in parameters)
             gradients = in_dtypes(gradients, dtypes)
+        if has_residual and adds_to_output and not residual_is_input:
+            grad_residual = grad_output
         return Gradients(grad_input, grad_residual, gradients)
 
     @staticmethod
@@ -162,6 +166,7 @@ class NativeChain:
                     convolution.strides(layer.weight), layer.weight.numel() if narrow else 0,
                     values is torch.bfloat16, moving is torch.bfloat16, _NORMS[layer.batch_statistics], layer.eps,
                     layer.negative_slope, layer.activation_first, layer.max_pool, -1 if added is None else added,
+                    layer.adds_last,
                 )
                 for layer, narrow, values, moving, convolution, into, of_weight, added in zip(
                     self._layers, self._narrow, self._values, self._moving, self._convolutions, backward_input,
