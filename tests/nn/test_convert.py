@@ -52,16 +52,18 @@ def _reasons(report) -> dict[str, str]:
 def test_nested_sequentials_and_the_model_itself_are_converted():
     model = _model()
     report = convert(model)
-    assert type(model) is type(model[2].body) is type(model[3][1]) is FusedSequential
+    assert type(model[2].body) is type(model[3][1]) is FusedSequential
     assert type(model[3]) is nn.Sequential, "nothing to fuse among its own children alone"
+    assert type(model) is nn.Sequential, "traced through its blocks"
     assert report.converted == ("", "2", "2.body", "3", "3.1")
     assert [(run.container, run.names) for run in report.fused] == [
         ("", ("0", "1")),
-        ("2", ("2.conv", "2.norm")),
-        ("2", ("2.body.0", "2.body.1", "2.body.2")),
-        ("3", ("3.0", "3.1.0", "3.1.1")),
+        ("", ("2.conv", "2.norm")),
+        ("", ("2.body.0", "2.body.1", "2.body.2")),
+        ("", ("3.0", "3.1.0", "3.1.1")),
     ]
     assert report.fused[1].types == ("Conv2d", "BatchNorm2d", "relu")
+    assert report.fused[2].types == ("Conv2d", "BatchNorm2d", "ReLU", "add")
     assert report.fused[3].types == ("Conv2d", "BatchNorm2d", "ReLU")
     assert report.proof is None
 

@@ -19,6 +19,7 @@ class _Layers(nn.Module):
         self.norm, self.norm2 = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
         self.act, self.act_ = nn.LeakyReLU(0.2), nn.ReLU(inplace=True)
         self.pool = nn.MaxPool2d(2)
+        self.linear = nn.Linear(4, 4)
         self.opaque = _Opaque()
 
 
@@ -152,6 +153,29 @@ def _doubled(self, x):
     return self.act(y + y)
 
 
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda self, x: x + self.act(self.norm(self.conv(x))),
+        lambda self, x: self.act_(self.norm(self.conv(x))) + x,
+        lambda self, x: F.relu(self.norm(self.conv(x))).add(x),
+    ],
+)
+def test_a_residual_may_be_added_to_the_activation(forward):
+    fused = _fuse(forward)
+    (group,) = fused.groups
+    assert group.types[-1] == "add"
+    assert group.run.adds_last
+    assert fused.lines[0].adds == (0,)
+
+
+def test_a_norm_adds_rather_than_an_activation():
+    fused = _fuse(lambda self, x: self.act(self.norm(self.conv(x))) + self.norm2(self.up(x)))
+    assert ["-".join(group.types) for group in fused.groups] == [
+        "Conv2d-BatchNorm2d-LeakyReLU", "ConvTranspose2d-BatchNorm2d-add",
+    ]  # fmt: skip
+
+
 def test_a_sum_with_itself_is_no_residual():
     assert _runs(_doubled) == ["Conv2d-BatchNorm2d"]
 
@@ -169,7 +193,72 @@ def test_layers_called_with_more_than_a_tensor_are_left():
 
 def test_runs_that_follow_each_other_are_one_step():
     assert _lines(lambda self, x: self.act(self.norm2(self.up(self.act(self.norm(self.conv(x))))))) == [2]
-    assert _lines(lambda self, x: self.act(self.norm2(self.up(self.pool(self.norm(self.conv(x))))))) == [1, 1]
+    assert _lines(lambda self, x: self.act(self.norm2(self.up(self.pool(self.norm(self.conv(x))))))) == [2]
+    assert _lines(lambda self, x: self.act(self.norm2(self.up(torch.tanh(self.norm(self.conv(x))))))) == [1, 1]
+
+
+def test_a_convolution_that_nothing_follows_belongs_to_its_neighbours():
+    forward = lambda self, x: self.up(self.act(self.norm(self.conv(x)))) + x  # noqa: E731
+    assert _lines(forward) == [2]
+    assert _runs(forward) == ["Conv2d-BatchNorm2d-LeakyReLU"]
+    assert _lines(lambda self, x: self.act(self.norm(self.conv(x))) @ self.linear(x)) == [1]
+
+
+POOLINGS = {
+    "MaxPool2d": lambda self, x: self.pool(x),
+    "F.max_pool2d": lambda self, x: F.max_pool2d(x, 2),
+    "F.max_pool2d, pairs": lambda self, x: F.max_pool2d(x, kernel_size=(2, 2), stride=(2, 2)),
+    "torch.max_pool2d": lambda self, x: torch.max_pool2d(x, 2),
+}
+
+
+@pytest.mark.parametrize("name", POOLINGS)
+def test_every_way_to_pool(name):
+    pool = POOLINGS[name]
+    for forward in (
+        lambda self, x: pool(self, self.act(self.norm(self.conv(x)))),
+        lambda self, x: pool(self, self.norm(self.act(self.conv(x)))),
+        lambda self, x: pool(self, F.relu(self.conv(x))),
+    ):
+        (group,) = _fuse(forward).groups
+        assert type(group.run.pool) is nn.MaxPool2d
+    (group,) = _fuse(lambda self, x: pool(self, self.act(self.norm(self.conv(x)) + x))).groups
+    assert group.run.pool is None
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [
+        lambda x: F.max_pool2d(x, 3, 2, 1),
+        lambda x: F.max_pool2d(x, 2, 1),
+        lambda x: F.max_pool2d(x, 2, ceil_mode=True),
+        lambda x: torch.max_pool2d(x, 2, 2, 0, 1, True),
+        lambda x: F.max_pool2d(x, 2, return_indices=True)[0],
+        lambda x: F.max_pool2d(x, x.shape[-1]),
+        lambda x: F.avg_pool2d(x, 2),
+    ],
+)
+def test_other_poolings_are_left_to_torch(pool):
+    assert _runs(lambda self, x: pool(self.act(self.conv(x)))) == ["Conv2d-LeakyReLU"]
+
+
+@pytest.mark.parametrize("upsample", [lambda x: F.interpolate(x, scale_factor=2), nn.Upsample(scale_factor=2)])
+def test_upsampling_before_a_convolution_is_part_of_its_run(upsample):
+    def forward(self, x):
+        self_up = self.upsample(x) if isinstance(upsample, nn.Module) else upsample(x)
+        return self.act(self.norm(self.conv(self_up)))
+
+    module = type("Own", (_Layers,), {"forward": forward})()
+    if isinstance(upsample, nn.Module):
+        module.upsample = upsample
+    (group,) = fuse(module, trace(module)).groups
+    assert type(group.run.upsample) is nn.Upsample
+
+
+@pytest.mark.parametrize("options", [{"size": (8, 8)}, {"scale_factor": 3}, {"scale_factor": 2, "mode": "bilinear"}])
+def test_other_upsamplings_are_left_to_torch(options):
+    (group,) = _fuse(lambda self, x: self.act(self.conv(F.interpolate(x, **options)))).groups
+    assert group.run.upsample is None
 
 
 def _block(self, x):

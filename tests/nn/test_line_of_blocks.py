@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cifar_resnet import CifarBlock, CifarResNet
@@ -138,6 +139,58 @@ def test_one_residual_from_outside_is_in_a_chain(chains):
     for got, expected in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
     assert chains == [(GIVEN, None, 1), (None,)]
+
+
+class _Nine(nn.Module):
+    """Of the form of DAVIDnet, with attributes: pooling after activations, residuals added to activations."""
+
+    def __init__(self, channels: int = 16, outputs: int = 16) -> None:
+        super().__init__()
+        widths = [(channels, 16), (16, 16), (16, 16), (16, 24), (24, 24), (24, 24), (24, outputs)]
+        for i, (inputs, outputs) in enumerate(widths):
+            setattr(self, f"conv{i}", nn.Conv2d(inputs, outputs, 3, padding=1, bias=False))
+            setattr(self, f"bn{i}", nn.BatchNorm2d(outputs))
+        self.pool = nn.MaxPool2d(2)
+
+    def layer(self, i: int, x: Tensor) -> Tensor:
+        return F.leaky_relu(getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(x)), 0.9)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(self.layer(0, x))
+        x = self.layer(2, self.layer(1, x)) + x
+        x = F.max_pool2d(self.layer(3, x), 2)
+        x = x + self.layer(5, self.layer(4, x))
+        return self.conv6(x)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pooling_and_residuals_added_to_activations_are_in_one_chain(chains, step, assert_as_accurate, dtype, training):
+    torch.manual_seed(0)
+    model = _Nine().to(dtype).train(training)
+    plain, exact = copy.deepcopy(model), copy.deepcopy(model).double()
+    convert(model)
+    x = image(4, 16, 16, 16).to(dtype)
+    assert_as_accurate(step(model, x), step(plain, x), step(exact, x.double()))
+    assert chains == [(None, None, 1, None, None, 4, None)]
+
+
+def test_a_chain_ends_before_a_convolution_that_is_torchs(chains):
+    model = _Nine(3, 8)
+    plain = copy.deepcopy(model)
+    convert(model)
+    x = image(4, 3, 16, 16)
+    torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-4)
+    assert chains == [(None,), (None, 0, None, None, 3)]
+
+
+def test_a_hook_on_a_pooling_fires():
+    model = _Nine()
+    convert(model)
+    seen = []
+    model.pool.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    model(image(4, 16, 16, 16))
+    assert seen == [(4, 16, 8, 8)]
 
 
 def test_what_was_added_is_let_go(monkeypatch):

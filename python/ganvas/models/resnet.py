@@ -8,7 +8,7 @@ from ganvas.models import checks
 from ganvas.models.blocks import Residual, conv_bn_leaky_relu
 from ganvas.models.classifiers import Classifier, check_options
 from ganvas.models.registry import register
-from ganvas.nn import FusedSequential
+from ganvas.nn import convert
 
 
 @register("resnet", kind="classifier")
@@ -21,7 +21,7 @@ def resnet(num_classes: int = 10, channels: int = 3, size: int = 32, width: int 
     """
     check_options(num_classes, channels, size, minimum_size=8)
     checks.integer("width", width)
-    body = FusedSequential(
+    body = nn.Sequential(
         *conv_bn_leaky_relu(channels, width),
         nn.MaxPool2d(2),
         Residual(width),
@@ -34,4 +34,5 @@ def resnet(num_classes: int = 10, channels: int = 3, size: int = 32, width: int 
         nn.AdaptiveMaxPool2d(1),
         nn.Flatten(),
     )
+    convert(body)  # through the blocks, so that they and the layers between them are one chain
     return Classifier(body, 4 * width, num_classes=num_classes, channels=channels, size=size)

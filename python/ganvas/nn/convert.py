@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ganvas.nn.examination import examine, find_fusable_runs
 from ganvas.nn.fused import FusedSequential, runs_fused
@@ -21,7 +22,8 @@ def convert(model: nn.Module, example_input: Tensor | tuple[Any, ...] | None = N
     The objects stay what they were, with their parameters, state_dict keys and hooks. A module with a forward of its
     own is traced (``torch.fx``), through the forwards of its children, and gets that trace bound as its forward; called
     with arguments for which the trace does not hold, it runs as it is written. An ``nn.Sequential`` with layers to fuse
-    among its own children becomes a :class:`ganvas.nn.FusedSequential`. Converting twice changes nothing.
+    among its own children becomes a :class:`ganvas.nn.FusedSequential`, or is traced as well where it holds such
+    modules with norms. Converting twice changes nothing.
 
     What cannot be traced (control flow that depends on data, for one) is left as it is and called by what surrounds it,
     which is converted all the same, and so are its own children. Left as they are, too: layers with hooks or
@@ -85,7 +87,7 @@ def _convert(module: nn.Module, forwards: dict[nn.Module, TracedForward]) -> boo
     """Whether ``module`` has been changed. ``forwards`` gets what was traced, to be bound or not."""
     if "forward" in module.__dict__ or runs_fused(module):
         return False
-    if type(module) is nn.Sequential and find_fusable_runs(module):
+    if type(module) is nn.Sequential and find_fusable_runs(module) and not any(map(_is_traced_with_norms, module)):
         module.__class__ = FusedSequential
         return True
     if not has_traceable_type(module):
@@ -96,6 +98,14 @@ def _convert(module: nn.Module, forwards: dict[nn.Module, TracedForward]) -> boo
         return False
     bind(module, forward)
     return True
+
+
+def _is_traced_with_norms(child: nn.Module) -> bool:
+    """Whether a Sequential is traced through this child, whose layers then are neighbours of its own.
+
+    It cannot keep statistics groups apart, which a FusedSequential could; but with such a child neither can that.
+    """
+    return is_converted(child) and any(isinstance(module, _BatchNorm) for module in child.modules())
 
 
 def _revert(module: nn.Module) -> None:

@@ -1,8 +1,9 @@
 """Rewrites a traced forward so that its runs of layers execute as one operation each.
 
 Runs are the same as among a Sequential's children (:mod:`ganvas.nn.plan`), and two more things can be part of them:
-activations called as functions (``F.relu``, ``x.relu_()``), and the addition of a residual to a norm's output. Runs
-that follow each other directly, the output of one read by the next and by nothing else, become one step, a ``Line``.
+activations, pooling and upsampling called as functions (``F.relu``, ``x.relu_()``), and the addition of a residual to a
+norm's output or to the activation of that. Runs that follow each other directly, the output of one read by the next and
+by nothing else, become one step, a ``Line``.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from ganvas.nn.line import Line
-from ganvas.nn.run import ACTIVATIONS, NORMS, PRODUCERS, Run, breaks_on_channels_last
+from ganvas.nn.plan import letter_of
+from ganvas.nn.run import CONVOLUTIONS, Run, breaks_on_channels_last
 from ganvas.nn.tracing import IN_PLACE_OPERATORS, Trace, has_hooks
 from ganvas.ops.layers import Adds
 
@@ -43,7 +45,7 @@ class Group:
 
     @property
     def residual(self) -> fx.Node | None:
-        """What is added to the norm's output."""
+        """What is added to the norm's output, or to the activation of that."""
         if self.addition is None:
             return None
         return next(operand for operand in self.addition.args if operand not in self.nodes)  # type: ignore[return-value]
@@ -57,6 +59,7 @@ class FusedForward:
     source: str
     lines: tuple[Line, ...]
     groups: tuple[Group, ...]
+    """Those that are more than a convolution."""
     disturbed: tuple[Group, ...]
     """Layers that would be a run, if nothing ran between them that may write to what they read."""
 
@@ -90,7 +93,8 @@ def fuse(module: nn.Module, trace: Trace) -> FusedForward:
     code = graph.python_code("self")
     namespace = dict(code.globals)
     exec(compile(code.src, f"<fused forward of {type(module).__name__}>", "exec"), namespace)
-    return FusedForward(namespace["forward"], code.src, tuple(lines), tuple(groups), disturbed)
+    fused = tuple(group for group in groups if not group.run.is_bare)
+    return FusedForward(namespace["forward"], code.src, tuple(lines), fused, disturbed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,10 +109,10 @@ class _Layer:
 
 # In C-A-N-A the second activation goes with the norm, the first with the convolution, over whose output it is written.
 # A leading in-place activation writes over a tensor from outside, which a fused run would leave as it is: not fused.
-_RUN = re.compile(r"C?N\+[Aa]?|C?N[Aa]|C[Aa]N(?![Aa+])|AN(?![Aa+])|C?N|C[Aa]")
+_RUN = re.compile(r"U?CN(?:\+[Aa]?|[Aa]\+|[Aa]?P?)|U?C[Aa]N(?![Aa+])P?|U?C[Aa]P?|U?C|N(?:\+[Aa]?|[Aa])|AN(?![Aa+])|N")
 
 # torch's own signatures, to the module that does the same
-_ACTIVATION_FUNCTIONS: dict[Any, Callable[..., nn.Module]] = {
+_FUNCTIONS: dict[Any, Callable[..., nn.Module]] = {
     F.relu: lambda input, inplace=False: nn.ReLU(inplace),
     torch.relu: lambda input: nn.ReLU(),
     torch.relu_: lambda input: nn.ReLU(True),
@@ -116,6 +120,11 @@ _ACTIVATION_FUNCTIONS: dict[Any, Callable[..., nn.Module]] = {
     F.leaky_relu_: lambda input, negative_slope=0.01: nn.LeakyReLU(negative_slope, True),
     "relu": lambda input: nn.ReLU(),
     "relu_": lambda input: nn.ReLU(True),
+    F.max_pool2d: lambda input, *arguments, **options: _max_pool(*arguments, **options),
+    torch.max_pool2d: lambda input, *arguments, **options: _max_pool(*arguments, **options),
+    F.interpolate: lambda input, size=None, scale_factor=None, mode="nearest", *_, **__: nn.Upsample(
+        size, scale_factor, mode
+    ),
 }
 _ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
 _IN_PLACE_ADDITIONS = (operator.iadd, "add_")
@@ -129,11 +138,12 @@ def _layer(node: fx.Node, root: nn.Module) -> _Layer | None:
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     if not node.args or not isinstance(node.args[0], fx.Node):
         return None
-    if node.target in _ACTIVATION_FUNCTIONS:
-        activation = _ACTIVATION_FUNCTIONS[node.target](*node.args, **node.kwargs)
-        if isinstance(getattr(activation, "negative_slope", 0.0), fx.Node):
+    if node.target in _FUNCTIONS:
+        if len(node.all_input_nodes) > 1:  # a slope, or a size, that is computed
             return None
-        return _Layer("a" if activation.inplace else "A", str(name), activation)  # type: ignore[arg-type]
+        module = _FUNCTIONS[node.target](*node.args, **node.kwargs)
+        letter = letter_of(module)
+        return None if letter == "-" else _Layer(letter, str(name), module)
     if node.target in _ADDITIONS and not node.kwargs and len(node.args) == 2:
         first, second = node.args
         if isinstance(second, fx.Node) and first is not second:
@@ -144,14 +154,15 @@ def _layer(node: fx.Node, root: nn.Module) -> _Layer | None:
 def _module_layer(node: fx.Node, module: nn.Module) -> _Layer | None:
     if len(node.args) != 1 or node.kwargs:
         return None
-    kind = type(module)
-    if kind in PRODUCERS:
-        return _Layer("C", kind.__name__, module)
-    if kind in NORMS:
-        return _Layer("N", kind.__name__, module)
-    if kind in ACTIVATIONS:
-        return _Layer("a" if module.inplace else "A", kind.__name__, module)  # type: ignore[arg-type]
-    return None
+    letter = letter_of(module)
+    return None if letter == "-" else _Layer(letter, type(module).__name__, module)
+
+
+def _max_pool(
+    kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> nn.Module:  # fmt: skip
+    return nn.MaxPool2d(kernel_size, stride or None, padding, dilation, return_indices, ceil_mode)
 
 
 def _chains(nodes: Iterable[fx.Node], layers: dict[fx.Node, _Layer]) -> list[list[fx.Node]]:
@@ -173,13 +184,21 @@ def _chains(nodes: Iterable[fx.Node], layers: dict[fx.Node, _Layer]) -> list[lis
 
 
 def _main_input(node: fx.Node, layers: dict[fx.Node, _Layer]) -> fx.Node:
-    """The value that a layer continues; of an addition's operands the norm's output that nobody else reads."""
+    """The value that a layer continues; of an addition's operands the norm's output that nobody else reads.
+
+    Else it is the activation of such an output.
+    """
     if layers[node].letter != "+":
         return node.args[0]  # type: ignore[return-value]
     written, other = node.args
-    candidates = (written,) if node.target in _IN_PLACE_ADDITIONS else (written, other)
-    for operand in candidates:
-        if operand in layers and layers[operand].letter == "N" and len(operand.users) == 1:  # type: ignore[index,union-attr]
+    candidates = [written] if node.target in _IN_PLACE_ADDITIONS else [written, other]
+    alone = [operand for operand in candidates if operand in layers and len(operand.users) == 1]  # type: ignore[union-attr,operator]
+    for operand in alone:
+        if layers[operand].letter == "N":  # type: ignore[index]
+            return operand  # type: ignore[return-value]
+    for operand in alone:
+        before = operand.args[0]  # type: ignore[union-attr]
+        if layers[operand].letter in "Aa" and before in layers and layers[before].letter == "N":  # type: ignore[index]
             return operand  # type: ignore[return-value]
     return written  # type: ignore[return-value]
 
@@ -190,15 +209,21 @@ def _groups(chain: list[fx.Node], layers: dict[fx.Node, _Layer]) -> list[Group]:
         nodes = tuple(chain[match.start() : match.end()])
         by_letter = {layers[node].letter.upper(): node for node in nodes}
         module_of = {letter: layers[node].module for letter, node in by_letter.items()}
+        producer, letters = module_of.get("C"), match.group().upper()
+        if letters.endswith("C") and type(producer) not in CONVOLUTIONS:
+            continue
         names = tuple(str(node.target) for node in nodes if node.op == "call_module")
         run = Run(
             names=names,
             modules=tuple(module for node in nodes if (module := layers[node].module) is not None),
-            producer=module_of.get("C"),
+            producer=producer,
             norm=module_of.get("N"),  # type: ignore[arg-type]
             activation=module_of.get("A"),
-            order="conv_act_bn" if match.group().upper().endswith("AN") else "conv_bn_act",
+            order="conv_act_bn" if "AN" in letters else "conv_bn_act",
             channels_last="N" in {layer.letter for layer in layers.values()},
+            upsample=module_of.get("U"),
+            pool=module_of.get("P"),
+            adds_last=letters.endswith("A+"),
         )
         groups.append(Group(nodes, run, by_letter.get("+"), names, tuple(layers[node].type for node in nodes)))
     return groups

@@ -30,10 +30,10 @@ class Stretch(NamedTuple):
 
     positions: range
     chain: Chain | None
-    onward: Chain | None
-    """From the same run on, over those that add what is the chain's own, and one that adds what is given.
+    ends: tuple[int, ...]
+    """Where longer chains from the same run on may end, the longest first.
 
-    None where that is no more.
+    Those go over runs that add what is the chain's own, and one that adds what is given.
     """
 
 
@@ -41,8 +41,7 @@ class Line:
     """Runs that follow each other. What they were as layers of a chain is remembered until one of them changes.
 
     Args:
-        adds: of each run the one whose input it adds to its norm, before its activation; None: none, or what the line
-            is called with.
+        adds: of each run the one whose input it adds; None: none, or what the line is called with.
     """
 
     __name__ = "fused"  # under which it appears in generated code
@@ -60,16 +59,22 @@ class Line:
         apart = _has_any_global_hook()
         inputs: dict[int, Tensor] = {}  # of runs, until they are added
         done = 0
-        for positions, chain, onward in self._stretches(residuals, statistics_groups):
+        known = self._look(residuals, statistics_groups)
+        for positions, chain, ends in known.stretches:
             start, last = positions[0], positions[-1]
             if start < done:
                 continue
-            if onward is not None and not apart:
+            for end in (
+                ends if not apart else ()
+            ):  # in one of a longer one's layers torch's convolution may be the faster
+                onward = known.onward(start, end, self.adds)
                 given = residuals[start + onward.residual_layer]
                 chained = self._chained(onward, start, input, statistics_groups, given)
                 if chained is not None:
-                    input, done = chained, start + len(onward.layers)
-                    continue
+                    input, done = chained, end
+                    break
+            if start < done:
+                continue
             if start in self.adds:  # what is added begins a stretch, and ends one where it is
                 inputs[start] = input
             position = self.adds[last]
@@ -97,28 +102,42 @@ class Line:
                 count_batches(norm, statistics_groups)
         return chain.run(prepared, input, statistics_groups, residual)
 
-    def _stretches(self, residuals: Sequence[Tensor | None], statistics_groups: int) -> Sequence[Stretch]:
+    def _look(self, residuals: Sequence[Tensor | None], statistics_groups: int) -> _Known:
         given = [residual is not None for residual in residuals]
         if torch.compiler.is_compiling():  # a graph would be made again for what is remembered after it
             return self._cut_up([_layer(run, statistics_groups) for run in self.runs], given)
         layers = [watch.layer(statistics_groups) for watch in self._watches]
         known = self._known
         if known is None or known.given != given or not all(map(is_, known.layers, layers)):
-            known = self._known = _Known(layers, given, self._cut_up(layers, given))
-        return known.stretches
+            known = self._known = self._cut_up(layers, given)
+        return known
 
-    def _cut_up(self, layers: list[Layer | None], given: list[bool]) -> list[Stretch]:
+    def _cut_up(self, layers: list[Layer | None], given: list[bool]) -> _Known:
         stretches = list(_cut(layers, self.runs, given, self.adds))
-        return [
-            Stretch(positions, chain, _onward(stretches[k:], layers, given, self.adds))
+        further = [
+            Stretch(positions, chain, _ends(stretches[k:], given, self.adds))
             for k, (positions, chain, _) in enumerate(stretches)
         ]
+        return _Known(layers, given, further)
 
 
-class _Known(NamedTuple):
-    layers: list[Layer | None]
-    given: list[bool]
-    stretches: list[Stretch]
+class _Known:
+    """What the runs are as layers and which of them are chains."""
+
+    def __init__(self, layers: list[Layer | None], given: list[bool], stretches: list[Stretch]) -> None:
+        self.layers = layers
+        self.given = given
+        self.stretches = stretches
+        self._onward: dict[tuple[int, int], Chain] = {}
+
+    def onward(self, start: int, end: int, adds: Adds) -> Chain:
+        """A longer chain: see :attr:`Stretch.ends`."""
+        chain = self._onward.get((start, end))
+        if chain is None:
+            own = [None if added is None else added - start for added in adds[start:end]]
+            adding = (GIVEN if given else added for given, added in zip(self.given[start:end], own))
+            chain = self._onward[start, end] = Chain(self.layers[start:end], tuple(adding))  # type: ignore[arg-type]
+        return chain
 
 
 def _cut(layers: Sequence[Layer | None], runs: Sequence[Run], given: Sequence[bool], adds: Adds) -> Iterator[Stretch]:
@@ -130,7 +149,7 @@ def _cut(layers: Sequence[Layer | None], runs: Sequence[Run], given: Sequence[bo
             yield _chain(layers, start, i)
             start = i
         if not chains:
-            yield Stretch(range(i, i + 1), None, None)
+            yield Stretch(range(i, i + 1), None, ())
         elif adding:  # to a chain's last layer
             yield _chain(layers, start, i + 1)
         if adding or not chains:
@@ -140,25 +159,21 @@ def _cut(layers: Sequence[Layer | None], runs: Sequence[Run], given: Sequence[bo
 
 
 def _chain(layers: Sequence[Layer | None], start: int, end: int) -> Stretch:
-    return Stretch(range(start, end), Chain(layers[start:end]), None)  # type: ignore[arg-type]
+    return Stretch(range(start, end), Chain(layers[start:end]), ())  # type: ignore[arg-type]
 
 
-def _onward(
-    stretches: Sequence[Stretch], layers: Sequence[Layer | None], given: Sequence[bool], adds: Adds
-) -> Chain | None:
-    """The longest chain from the first stretch on."""
-    start = end = stretches[0].positions[0]
+def _ends(stretches: Sequence[Stretch], given: Sequence[bool], adds: Adds) -> tuple[int, ...]:
+    """Where chains from the first stretch on, and longer than that, may end."""
+    start, ends = stretches[0].positions[0], []
     for positions, chain, _ in stretches:
         if chain is None or any((added := adds[i]) is not None and added < start for i in positions):
             break
         if any(given[start : positions[-1]]) and given[positions[-1]]:  # a chain adds one
             break
         end = positions[-1] + 1
-    if end <= stretches[0].positions[-1] + 1 or any(added is not None and start < added < end for added in adds[end:]):
-        return None
-    own = [None if added is None else added - start for added in adds[start:end]]
-    adding = (GIVEN if is_given else added for is_given, added in zip(given[start:end], own))
-    return Chain(layers[start:end], tuple(adding))  # type: ignore[arg-type]
+        if not any(added is not None and start < added < end for added in adds[end:]):
+            ends.append(end)
+    return tuple(end for end in reversed(ends) if end > stretches[0].positions[-1] + 1)
 
 
 # What makes a layer of a run, beside tensors and hooks.
@@ -235,7 +250,8 @@ def _layer(run: Run, statistics_groups: int) -> Layer | None:
     batch_statistics, running_mean, running_var, momentum = norm_arguments(norm)
     return Layer(
         geometry, producer.weight, producer.bias, batch_statistics, norm.weight, norm.bias, running_mean, running_var,
-        momentum, norm.eps, slope, run.order == "conv_act_bn", max_pool, batches=_counted(norm),
+        momentum, norm.eps, slope, run.order == "conv_act_bn", max_pool,
+        batches=_counted(norm), adds_last=run.adds_last,
     )  # fmt: skip
 
 

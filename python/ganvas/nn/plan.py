@@ -22,7 +22,7 @@ _RUN = re.compile("U?C(?:N[Aa]|[Aa]N(?![Aa])|N|[Aa])P?|N[Aa]|AN(?![Aa])|N")
 def find_runs(children: Mapping[str, nn.Module | None]) -> list[Run]:
     """The fusable runs, in order, judged by the modules' exact types."""
     names, modules = list(children), list(children.values())
-    letters = "".join(_letter(module) for module in modules)
+    letters = "".join(map(letter_of, modules))
     channels_last = "N" in letters
     runs = []
     for start, end in _spans(letters):
@@ -73,7 +73,8 @@ def _spans(letters: str) -> tuple[tuple[int, int], ...]:
     return tuple(match.span() for match in _RUN.finditer(letters))
 
 
-def _letter(module: nn.Module | None) -> str:
+def letter_of(module: nn.Module | None) -> str:
+    """What a module is in a run, as above."""
     kind = type(module)
     if kind in PRODUCERS:
         return "C"

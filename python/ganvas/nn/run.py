@@ -42,9 +42,18 @@ class Run:
     """Before a convolution: nearest neighbour, twofold."""
     pool: nn.Module | None = None
     """After a convolution's norm and activation: the maximum of each 2×2."""
+    adds_last: bool = False
+    """A residual is added to the activation, not to the norm before it."""
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether it is a convolution alone."""
+        return self.norm is None and self.activation is None
 
     def __call__(self, input: Tensor, statistics_groups: int, residual: Tensor | None = None) -> Tensor:
-        """``residual`` is added to the norm's output, before the activation (``conv_bn_act`` only)."""
+        """``residual`` is added to the norm's output (``conv_bn_act`` only), before the activation or last."""
+        if residual is not None and self.adds_last:
+            return self(input, statistics_groups) + residual
         if _has_any_global_hook() or self.why_not() is not None:
             return self.one_by_one(input, statistics_groups, residual)
         if self.channels_last:
