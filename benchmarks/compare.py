@@ -25,6 +25,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 STEPS = (("cnn_32_64", 128), ("resnet", 128), ("resnet20", 128), ("mlp_conv_gan", 128), ("dcgan", 128))
 INFERENCE = tuple((model, batch) for model in ("cnn_32_64", "resnet", "resnet20") for batch in (1, 128))
 
+LOSSES = tuple(f"bce {count}" for count in LOGITS) + tuple(f"{kind} 128" for kind in KINDS if kind != "bce")
+SHAPES = (*ACTIVATIONS, *CHAINS, *UPSAMPLED, *BOTTLENECKS)
+NAMES = [*dict.fromkeys([*map(str, SHAPES), *LOSSES, *(model for model, _ in STEPS)])]
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -33,7 +37,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--turns", type=int, default=15, help="times each candidate has its turn")
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
-    parser.add_argument("--shape", help="one row only, by its name (as printed in the first column)")
+    parser.add_argument("--shape", choices=NAMES, metavar="NAME", help="one row only: a shape, as printed, or a model")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     print(
@@ -67,7 +71,6 @@ def norm(name: str, dtype: torch.dtype, arguments: argparse.Namespace) -> Iterat
 
 def loss(name: str, dtype: torch.dtype, arguments: argparse.Namespace) -> Iterator[str]:
     """Adversarial losses with gradient and metrics."""
-    rows = [(count, "bce") for count in LOGITS] + [(128, kind) for kind in KINDS if kind != "bce"]
     peers = ["eager"] if arguments.no_compile else ["eager", "compile"]
     for network, make in (
         ("Discriminator loss, gradient and metrics", workloads.discriminator_loss),
@@ -80,9 +83,10 @@ def loss(name: str, dtype: torch.dtype, arguments: argparse.Namespace) -> Iterat
             [f"{part} vs {peer}" for part in ("step", "call") for peer in peers],
             ["torch's graph alone vs eager", "µs a call"],
         )
-        for count, kind in rows:
-            if arguments.shape in (None, f"{kind} {count}"):
-                work = make(count, kind, dtype, compiled=not arguments.no_compile)
+        for row in LOSSES:
+            if arguments.shape in (None, row):
+                kind, count = row.split()
+                work = make(int(count), kind, dtype, compiled=not arguments.no_compile)
                 step = _time(work.step, arguments)
                 floor = _time({"eager": work.step["eager"], "ganvas": work.step["floor"]}, arguments)
                 call = _time({**work.step, "ganvas": work.forward["ganvas"]}, arguments)
