@@ -5,6 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # beside others: threads that wait must sleep, which is said before they start
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.pop("PYTEST_ADDOPTS", None)  # what a test starts runs its own tests one by one
+
 import pytest
 import torch
 from torch import Tensor
