@@ -180,11 +180,13 @@ def sizes(of: Arguments, exact: dict[str, Tensor]) -> dict[str, Tensor]:
         g.sqrt() for g in torch.autograd.grad(squares, (input, weight), of.grad_output.double() ** 2)
     )
     output = squares.detach().sqrt()
-    level = of.by_group(output).mean(2) + (0 if of.bias is None else of.bias.double().abs())
+    bias = 0 if of.bias is None else of.bias.double().abs()
+    level = of.by_group(output).mean(2) + bias
     found = {
         "output": output,
         "output beside statistics": output,
-        "mean": level,
+        # What is summed are distances from one of the values, while of the others many may be 0.
+        "mean": of.by_group(squares.detach()).mean(2).sqrt() + bias,
         # Where all values are the same, it is of what rounds them apart: a kink may leave nothing but that.
         "var": exact["var"] + (2 * exact["var"].sqrt() + 16 * torch.finfo(torch.float32).eps * level) * level,
         "grad_input": grad_input,
