@@ -64,9 +64,7 @@ class Line:
             start, last = positions[0], positions[-1]
             if start < done:
                 continue
-            for end in (
-                ends if not apart else ()
-            ):  # in one of a longer one's layers torch's convolution may be the faster
+            for end in () if apart else ends:  # in a longer one torch's convolution may be the faster somewhere
                 onward = known.onward(start, end, self.adds)
                 given = residuals[start + onward.residual_layer]
                 chained = self._chained(onward, start, input, statistics_groups, given)
