@@ -111,6 +111,20 @@ class _Layer:
 # A leading in-place activation writes over a tensor from outside, which a fused run would leave as it is: not fused.
 _RUN = re.compile(r"U?CN(?:\+[Aa]?|[Aa]\+|[Aa]?P?)|U?C[Aa]N(?![Aa+])P?|U?C[Aa]P?|U?C|N(?:\+[Aa]?|[Aa])|AN(?![Aa+])|N")
 
+
+def _max_pool(
+    input: Any, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> nn.Module:  # fmt: skip
+    return nn.MaxPool2d(kernel_size, stride or None, padding, dilation, return_indices, ceil_mode)
+
+
+def _upsampling(
+    input: Any, size: Any = None, scale_factor: Any = None, mode: str = "nearest", *_: Any, **__: Any
+) -> nn.Module:
+    return nn.Upsample(size, scale_factor, mode)  # of nearest neighbours, which the other options do not change
+
+
 # torch's own signatures, to the module that does the same
 _FUNCTIONS: dict[Any, Callable[..., nn.Module]] = {
     F.relu: lambda input, inplace=False: nn.ReLU(inplace),
@@ -120,11 +134,9 @@ _FUNCTIONS: dict[Any, Callable[..., nn.Module]] = {
     F.leaky_relu_: lambda input, negative_slope=0.01: nn.LeakyReLU(negative_slope, True),
     "relu": lambda input: nn.ReLU(),
     "relu_": lambda input: nn.ReLU(True),
-    F.max_pool2d: lambda input, *arguments, **options: _max_pool(*arguments, **options),
-    torch.max_pool2d: lambda input, *arguments, **options: _max_pool(*arguments, **options),
-    F.interpolate: lambda input, size=None, scale_factor=None, mode="nearest", *_, **__: nn.Upsample(
-        size, scale_factor, mode
-    ),
+    F.max_pool2d: _max_pool,
+    torch.max_pool2d: _max_pool,
+    F.interpolate: _upsampling,
 }
 _ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
 _IN_PLACE_ADDITIONS = (operator.iadd, "add_")
@@ -156,13 +168,6 @@ def _module_layer(node: fx.Node, module: nn.Module) -> _Layer | None:
         return None
     letter = letter_of(module)
     return None if letter == "-" else _Layer(letter, type(module).__name__, module)
-
-
-def _max_pool(
-    kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False,
-    return_indices: bool = False,
-) -> nn.Module:  # fmt: skip
-    return nn.MaxPool2d(kernel_size, stride or None, padding, dilation, return_indices, ceil_mode)
 
 
 def _chains(nodes: Iterable[fx.Node], layers: dict[fx.Node, _Layer]) -> list[list[fx.Node]]:

@@ -114,11 +114,13 @@ class NativeChain:
         if chain is None or not self._lie_as_they_did(input, output, parameters, kept):
             return None
         grad_input = torch.empty_like(input) if wants_input else None
-        grad_residual = None
-        adding = residual_layer(self._adds)
-        adds_to_output = adding == len(self._layers) - 1 and self._layers[adding].adds_last
-        if has_residual and not (residual_is_input or adds_to_output):
-            grad_residual = empty_pixels(self._convolutions[adding].output_shape, self._dtype)
+        grad_residual = written = None
+        if has_residual and not residual_is_input:
+            adding = residual_layer(self._adds)
+            if adding == len(self._layers) - 1 and self._layers[adding].adds_last:
+                grad_residual = grad_output
+            else:
+                grad_residual = written = empty_pixels(self._convolutions[adding].output_shape, self._dtype)
         read = self._readable(parameters)
         gradients = [
             torch.empty_like(tensor) if want and tensor is not None else None for tensor, want in zip(read, wanted)
@@ -127,14 +129,12 @@ class NativeChain:
             torch.autograd.graph.increment_version([tensor for tensor in kept if tensor is not None])
         chain.backward(
             grad_output.data_ptr(), input.data_ptr(), address(output), _addresses(read), _addresses(kept),
-            statistics.data_ptr(), address(grad_input), address(grad_residual), residual_is_input,
+            statistics.data_ptr(), address(grad_input), address(written), residual_is_input,
             _addresses(gradients), overwrite_kept, torch.get_num_threads(),
         )  # fmt: skip
         if not self._reads_all:
             dtypes = (torch.float32 if tensor is None else tensor.dtype for tensor in parameters)
             gradients = in_dtypes(gradients, dtypes)
-        if has_residual and adds_to_output and not residual_is_input:
-            grad_residual = grad_output
         return Gradients(grad_input, grad_residual, gradients)
 
     @staticmethod
