@@ -182,13 +182,21 @@ def sizes(of: Arguments, exact: dict[str, Tensor]) -> dict[str, Tensor]:
     output = squares.detach().sqrt()
     bias = 0 if of.bias is None else of.bias.double().abs()
     level = of.by_group(output).mean(2) + bias
+    values = of.by_group(exact["output"])
+    values = F.leaky_relu(values, of.case.slope) if of.case.statistics_of_activation else values
+    first = values[:, :, :16].mean(2) - exact["mean"]
     found = {
         "output": output,
         "output beside statistics": output,
         # What is summed are distances from one of the values, while of the others many may be 0.
         "mean": of.by_group(squares.detach()).mean(2).sqrt() + bias,
         # Where all values are the same, it is of what rounds them apart: a kink may leave nothing but that.
-        "var": exact["var"] + (2 * exact["var"].sqrt() + 16 * torch.finfo(torch.float32).eps * level) * level,
+        # Distances are from the first pixels' mean, which may be far from the others where a dilation leaves 0.
+        "var": (
+            exact["var"]
+            + first.square()
+            + (2 * exact["var"].sqrt() + 16 * torch.finfo(torch.float32).eps * level) * level
+        ),
         "grad_input": grad_input,
         "grad_weight": grad_weight,
     }

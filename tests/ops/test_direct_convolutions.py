@@ -179,6 +179,18 @@ AWKWARD = {
         slope=0.0,
         has_bias=False,
     ),
+    "first outputs far from the others": Case(
+        in_channels=1,
+        out_channels=8,
+        height=1,
+        width=38,
+        images=1,
+        kernel=(3, 3),
+        geometry=Geometry(dilation=(3, 1), transposed=True),
+        pending="kink_affine",
+        slope=0.0,
+        has_bias=False,
+    ),
     "bands of the output": Case(
         in_channels=20,
         out_channels=16,
