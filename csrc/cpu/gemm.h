@@ -1,6 +1,8 @@
 // The register-blocked product at the heart of the convolutions. Included by kernel sources only.
 #pragma once
 
+#include <array>
+
 #include "vector.h"
 
 namespace ganvas::cpu::GANVAS_ISA {
@@ -61,6 +63,22 @@ struct Words<Elements::bfloat16_pairs> : Pairs {
 };
 #endif
 
+constexpr Index cache_line = 64 / sizeof(float);
+
+// Numbers that lie together, in lines of the cache.
+struct Stretch {
+    const float* at{};
+    Index lines{};
+};
+
+using Stretches = std::array<Stretch, 2>;
+
+// What a tile of a product fetches: beside each word of its depth a line, `step` words after the one before.
+struct Fetch {
+    const float* at;
+    Index step;
+};
+
 struct Product {
     const float* a;  // a[row*a_row + k*a_depth]
     Index a_row, a_depth;
@@ -71,13 +89,25 @@ struct Product {
     Index depth;                                // in words
     const float *row_scale{}, *column_scale{};  // of integers: what one in a row of a, or in a column of b, stands for
     Index row_scale_stride{};
-    const float* next{};  // where b's are too large for the cache: the one after this, which is fetched meanwhile
-    bool rows_are_far{};  // a's, in the shared cache: those of a tile are fetched during the one before
+    // What is read later and lies in a far cache. Its lines are fetched while products are taken, a few at a time: many
+    // at once wait for each other, and the products for them.
+    Stretches later{};
+
+    // Those beside `depth` words; after the last, a line that is at hand.
+    Fetch fetch() {
+        for (Stretch& s : later)
+            if (s.lines > 0) {
+                const Fetch result{s.at, cache_line};
+                s.at += depth * cache_line, s.lines -= depth;
+                return result;
+            }
+        return {b, 0};
+    }
 };
 
 // Not inlined: registers are all the accumulators', whatever surrounds a call.
-template <int rows, int vectors, Elements elements, bool accumulate>
-[[gnu::noinline]] void product_tile(const Product& p, Index row, Index column) {
+template <int rows, int vectors, Elements elements, bool accumulate, bool fetches>
+[[gnu::noinline]] void multiply_tile(const Product& p, Index row, Index column, Fetch fetched) {
     using W = Words<elements>;
     typename W::Sums sum[rows][vectors] = {};
     // A pointer reaches three rows by addressing modes alone, so that no register is spilled.
@@ -92,6 +122,7 @@ template <int rows, int vectors, Elements elements, bool accumulate>
             for (int v = 0; v < vectors; ++v) __builtin_prefetch(p.c + (row + r) * p.c_row + column + v * lanes, 1);
     }
     for (Index k = 0; k < p.depth; ++k, b += p.b_depth) {
+        if constexpr (fetches) prefetch<2>(fetched.at), fetched.at += fetched.step;
         typename W::Values right[vectors];
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; ++v) right[v] = W::load(b + v * lanes);
@@ -123,39 +154,45 @@ template <int rows, int vectors, Elements elements, bool accumulate>
         }
 }
 
+template <int rows, int vectors, Elements elements, bool accumulate>
+inline void product_tile(Product& p, Index row, Index column) {
+    const Fetch fetched = p.fetch();
+    if (lanes == 16 || fetched.step > 0)  // beside so many products as 512 bits hold, to fetch what is at hand is free
+        multiply_tile<rows, vectors, elements, accumulate, true>(p, row, column, fetched);
+    else
+        multiply_tile<rows, vectors, elements, accumulate, false>(p, row, column, fetched);
+}
+
 // The last rows, fewer than a tile has.
 template <int rows, int vectors, Elements elements, bool accumulate>
-inline void product_rest(const Product& p, Index rest, Index row, Index column) {
+inline void product_rest(Product& p, Index rest, Index row, Index column) {
     if (rest == rows) return product_tile<rows, vectors, elements, accumulate>(p, row, column);
     if constexpr (rows > 1) product_rest<rows - 1, vectors, elements, accumulate>(p, rest, row, column);
 }
 
 template <int vectors, Elements elements, bool accumulate>
-inline void product_column(const Product& p, Index rows, Index column) {
+inline void product_column(Product& p, Index rows, Index column) {
     constexpr int whole = tile_rows<vectors>;
-    constexpr Index line = 64 / sizeof(float);
-    const Index part = p.next ? ceiling(p.depth * p.b_depth / line, larger(1, rows / whole)) * line : 0;
-    const float* next = p.next;
-    Index row = 0;
-    for (; row + whole <= rows; row += whole) {
-        for (const float* const end = next + part; next < end; next += line) prefetch<2>(next);
-        if (p.rows_are_far)
-            for (Index i = row + whole; i < smaller(rows, row + 2 * whole); ++i)
-                for (Index k = 0; k < p.depth; k += line) prefetch<2>(p.a + i * p.a_row + k);
-        product_tile<whole, vectors, elements, accumulate>(p, row, column);
+    for (Index row = 0, count; row < rows; row += count) {
+        // At the end two tiles of a medium size, rather than a whole one and one of a row or two: such wait for b.
+        const Index left = rows - row;
+        count = left <= whole ? left : 2 * left < 3 * whole ? ceiling(left, 2) : whole;
+        if (count == whole)
+            product_tile<whole, vectors, elements, accumulate>(p, row, column);
+        else
+            product_rest<whole - 1, vectors, elements, accumulate>(p, count, row, column);
     }
-    if (row < rows) product_rest<whole - 1, vectors, elements, accumulate>(p, rows - row, row, column);
 }
 
 // The last vectors of a row, fewer than a tile has.
 template <int vectors, Elements elements, bool accumulate>
-inline void product_last_column(const Product& p, Index rows, Index rest, Index column) {
+inline void product_last_column(Product& p, Index rows, Index rest, Index column) {
     if (rest == vectors) return product_column<vectors, elements, accumulate>(p, rows, column);
     if constexpr (vectors > 1) product_last_column<vectors - 1, elements, accumulate>(p, rows, rest, column);
 }
 
 template <Elements elements, bool accumulate>
-inline void product_slice(const Product& p, Index rows, Index columns) {
+inline void product_slice(Product& p, Index rows, Index columns) {
     Index column = 0;
     for (; column + tile_columns <= columns; column += tile_columns)
         product_column<tile_vectors, elements, accumulate>(p, rows, column);
@@ -168,11 +205,9 @@ inline void product_slice(const Product& p, Index rows, Index columns) {
 template <Elements elements, bool accumulate>
 inline void product(Product p, Index rows, Index columns, Index slice) {
     const Index depth = p.depth;
-    const float* const next = p.next;
     Index k = 0;
     do {
         p.depth = smaller(slice, depth - k);
-        if (next) p.next = k + slice < depth ? p.b + p.depth * p.b_depth : next;
         accumulate || k > 0 ? product_slice<elements, true>(p, rows, columns)
                             : product_slice<elements, false>(p, rows, columns);
         p.a += p.depth * p.a_depth;

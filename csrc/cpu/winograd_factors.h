@@ -23,6 +23,11 @@ static_assert((left_norm + rounding_norm) * (right_norm + rounding_norm) < 0.999
 static_assert(right_norm + 0.5f < integer_limit);  // so are single ones of the right
 constexpr float least_scale = std::numeric_limits<float>::min();
 
+// What a product reads of a frequency's rows from word w on, where it is fetched ahead.
+inline Stretch stretch_of(const Transformed& from, Index f, Span rows, Index w) {
+    return {from.at(rows.first, w) + f * from.frequency, (rows.last - rows.first) * from.width / cache_line};
+}
+
 // The nearest integers, in the lower halves. |x| < 2²².
 inline VectorBits nearest(Vector x) {
     const Vector shifted = x + 12582912.0f;  // 3·2²²: a unit in the last place is 1

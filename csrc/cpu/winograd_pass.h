@@ -20,17 +20,21 @@ constexpr Index channel_slice = 64;             // terms of a sum that are added
 constexpr Index block_columns = 64;             // output channels of a block
 constexpr Index block_input_bytes = 384 << 10;  // of the transformed input of a block, or sixteenths of a core's cache
 constexpr Index block_input_share = 9;
-constexpr Index block_tiles_least = 16;
+constexpr Index block_tiles_least[] = {16, 24};  // the second where what does not fit lies in a far cache
 constexpr Index block_tiles_most = 48;
 // Output channels: below, rounding the input costs more than it saves. The second for split vectors.
 constexpr Index integer_columns_least[] = {32, 24};
 constexpr Index own_weight_bytes = 640 << 10;  // of a transformed weight that each thread makes for itself: it costs
                                                // less than to fetch what another core has written
-constexpr Index wave_weight_bytes = 8 << 20;  // of a transformed weight: from here on waves are faster for so few tiles
-constexpr Index wave_tiles_most = 96;         // (half as many as there are output channels, at most), and for any
-                                              // where it takes half of the shared cache
 // Of a wave's products: the more, the less often the weight is transformed. More than this gains nothing.
 constexpr Index wave_output_bytes = 1700 << 10;
+template <int taps>
+constexpr Index wave_tiles = wave_output_bytes / (points_of<taps> * points_of<taps> * tile_columns * 4);
+// Of a transformed weight: from here on waves are faster for few tiles. These are so many (half as many as there are
+// output channels, at most), or where the shared cache is far, those of one wave. They are also faster for any tiles
+// where the weight takes half of the shared cache.
+constexpr Index wave_weight_bytes = 8 << 20;
+constexpr Index wave_tiles_most = 96;
 constexpr Index kept_tiles_most = 256;  // in evaluation: of more, the transformed weight is made in no time
 
 // What one output phase is made of: where the first tap of its first output reads, and the taps.
@@ -103,10 +107,11 @@ struct Parts {
 };
 
 // M[f] = V[f]·U[f], or M[f] += if k > 0, for tiles `rows`, `depth` words of each from k on, and `width` columns.
-// `next` is the part of U after this one, or null.
+// `later` is fetched meanwhile.
 template <int taps, int step, bool integers>
 inline void multiply(const Left<taps, step, integers>& v, const Transformed& m, Index f, Span rows, Index k,
-                     Index depth, const float* u, const float* next, const float* scales, Index width, Index column) {
+                     Index depth, const float* u, const Stretches& later, const float* scales, Index width,
+                     Index column) {
     const Index count = rows.last - rows.first;
     const Product p{v.words.at(rows.first, k) + f * v.words.frequency,
                     v.words.width,
@@ -119,8 +124,7 @@ inline void multiply(const Left<taps, step, integers>& v, const Transformed& m, 
                     v.scales + rows.first * v.scale_stride + f,
                     scales,
                     v.scale_stride,
-                    next,
-                    v.words.is_far};
+                    later};
     constexpr Index slice = integers ? integer_slice : channel_slice;
     k > 0 ? product<elements_of<integers>, true>(p, count, width, slice)
           : product<elements_of<integers>, false>(p, count, width, slice);
@@ -145,7 +149,7 @@ void run_blocks(const Pass& pass, const Tiles& tiles, const Blocks& blocks, int 
     const std::size_t u_bytes = u.bytes() + u.scale_bytes();
     KeptWeight kept = pass.kept(taps, integers, tiles.count, u_bytes, threads);
     const bool shares_weight = kept.memory() || u_bytes > own_weight_bytes;
-    const bool fetches = shared_cache_is_far() && static_cast<std::int64_t>(u_bytes) > core_cache_bytes() / 2;
+    const bool fetches = shared_cache_is_far();
     const std::size_t room = v.bytes() + v.scratch_bytes() + Workspace::padded(m.bytes());
     Workspace workspace((shares_weight && !kept.memory() ? u_bytes : 0) + Workspace::padded(sum_bytes));
     const ThreadWorkspaces scratch(room + (shares_weight ? 0 : u_bytes), threads);
@@ -197,10 +201,15 @@ void run_blocks(const Pass& pass, const Tiles& tiles, const Blocks& blocks, int 
                 for (Index f = 0; f < frequencies; ++f) {
                     const Span rows = needing<taps>(order, f);
                     for (Index panel = from; panel < until; panel += tile_columns)
-                        for (Index k = 0; k < u.words; k += v.words.width)
-                            multiply(v, m, f, rows, k, smaller(v.words.width, u.words - k), u.at(number, f, panel, k),
-                                     fetches && f + 1 < frequencies ? u.at(number, f + 1, panel, k) : nullptr,
+                        for (Index k = 0; k < u.words; k += v.words.width) {
+                            const Index words = smaller(v.words.width, u.words - k);
+                            Stretches later{};
+                            if (fetches && f + 1 < frequencies)
+                                later = {Stretch{u.at(number, f + 1, panel, k), words * u.width(panel) / cache_line},
+                                         stretch_of(v.words, f + 1, needing<taps>(order, f + 1), k)};
+                            multiply(v, m, f, rows, k, words, u.at(number, f, panel, k), later,
                                      u.scales_at(number, f, panel), u.width(panel), panel - from);
+                        }
                 }
                 write(to, phase.pixel, order, first, last, from, smaller(until, to.channels), m,
                       parts.of(block, number));
@@ -220,12 +229,10 @@ void run_waves(const Pass& pass, const Tiles& tiles, const Blocks& blocks, int t
     constexpr Index frequencies = points_of<taps> * points_of<taps>;
     const Destination& to = pass.destination;
     const Index depth = depth_of<step>(pass.walk.taps), columns = whole_vectors(to.channels);
-    const Index wave_tiles = wave_output_bytes / (frequencies * tile_columns * static_cast<Index>(sizeof(float)));
-    const Index waves = ceiling(blocks.count, larger(1, wave_tiles / blocks.room));
+    const Index waves = ceiling(blocks.count, larger(1, wave_tiles<taps> / blocks.room));
     const Index wave = ceiling(blocks.count, waves), room = wave * blocks.room;
 
     Left<taps, step, integers> v(room, depth, pass.dtype, activation_of(pass.source.pixels));
-    v.words.is_far = true;
     Transformed m(frequencies, room, tile_columns);
     Right<taps, step, integers> u(pass.walk.taps, columns,
                                   pass.walk.phase_count);  // of which only a piece is in memory
@@ -275,9 +282,13 @@ void run_waves(const Pass& pass, const Tiles& tiles, const Blocks& blocks, int t
                 for (Index k = 0; k < u.words; k += left.words.width) {
                     const Index end = smaller(u.words, k + left.words.width);
                     u.fill(number, phase.weight, panel, k, end, piece, u_frequency);
-                    for (Index f = 0; f < frequencies; ++f)
-                        multiply(left, m, f, needing<taps>(order, f), k, end - k, piece + f * u_frequency, nullptr,
-                                 u.scales_at(number, f, panel), u.width(panel), 0);
+                    for (Index f = 0; f < frequencies; ++f) {
+                        const Span rows = needing<taps>(order, f);
+                        const Span later{smaller(rows.last, rows.first + tile_rows<tile_vectors>), rows.last};
+                        multiply(left, m, f, rows, k, end - k, piece + f * u_frequency,
+                                 {stretch_of(left.words, f, later, k)}, u.scales_at(number, f, panel), u.width(panel),
+                                 0);
+                    }
                 }
                 for (Index b = block; b < block_end; ++b)
                     write(to, phase.pixel, order, blocks.first(b), blocks.last(b), panel,
@@ -295,15 +306,18 @@ void run(const Pass& pass, Index images, int threads, Finish finish) {
     const Tiles tiles(images, ceiling(to.height, to.step), ceiling(to.width, to.step), points_of<taps>);
     const Index depth = depth_of<step>(pass.walk.taps), columns = whole_vectors(to.channels);
     const Index weight_bytes = frequencies * depth * columns * 4 * pass.walk.phase_count;
-    if (2 * weight_bytes >= cache_bytes() ||
-        (weight_bytes >= wave_weight_bytes && tiles.count <= smaller(wave_tiles_most, columns / 2)))
+    const bool far = shared_cache_is_far();
+    const Index panels = ceiling(columns, tile_columns) * pass.walk.phase_count;
+    const Index few_tiles = far && panels >= 2 * threads ? wave_tiles<taps> : smaller(wave_tiles_most, columns / 2);
+    if (2 * weight_bytes >= cache_bytes() || (weight_bytes >= wave_weight_bytes && tiles.count <= few_tiles))
         return run_waves<taps, step, integers>(pass, tiles, Blocks(tiles, pass.groups, block_tiles_most), threads,
                                                finish);
     // Small maps: enough blocks that each thread gets some, before the tiles become too few for the products.
     const Index input_bytes = larger(block_input_bytes, core_cache_bytes() / 16 * block_input_share);
-    const Index cached = clamped(input_bytes / (frequencies * 4 * depth), block_tiles_least, block_tiles_most);
+    const Index least = block_tiles_least[far];
+    const Index cached = clamped(input_bytes / (frequencies * 4 * depth), least, block_tiles_most);
     const Index target =
-        larger(block_tiles_least, smaller(cached, ceiling(tiles.count * pass.walk.phase_count, 2 * threads)));
+        larger(block_tiles_least[0], smaller(cached, ceiling(tiles.count * pass.walk.phase_count, 2 * threads)));
     run_blocks<taps, step, integers>(pass, tiles, Blocks(tiles, pass.groups, target), threads, finish);
 }
 

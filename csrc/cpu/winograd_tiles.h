@@ -149,7 +149,6 @@ struct Transformed {
     Index width;  // of a chunk
     Index frequency, chunk;
     Index chunks;
-    bool is_far = false;  // in the cache that cores share
 
     Transformed(Index frequencies, Index tiles, Index channels, Index numbers = 1)
         : width(smaller(chunk_width, whole_vectors(channels) / numbers)) {

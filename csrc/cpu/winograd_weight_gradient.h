@@ -17,7 +17,8 @@ namespace ganvas::cpu::GANVAS_ISA {
 constexpr Index tile_slice = 64;  // terms of a sum that are added up in one chain
 // Of both transformed factors of a wave: of all threads together, or of one that takes tiles of its own. Those share
 // nothing until their sums are joined, which is worth it while the sums are not too large, and the tiles not too few.
-constexpr Index wave_bytes = 6 << 20, own_wave_bytes = 384 << 10;
+constexpr Index wave_bytes[] = {6 << 20, 18 << 20};  // the second where the shared cache is far
+constexpr Index own_wave_bytes = 384 << 10;
 constexpr Index wave_tiles_least = 64, thread_tiles_least = 16;  // the second for each of the threads that share one
 constexpr Index single_wave_tiles = 256;  // no more than so many are one wave: the sums of one may never be written
 constexpr Index own_gradient_bytes = 4 << 20, own_tiles_least = 128;
@@ -123,7 +124,10 @@ void weight_gradient(const WeightGradient& args, Index images, int threads) {
     const bool apart =
         frequencies * depth * columns * 4 <= own_gradient_bytes && tiles.count >= threads * own_tiles_least;
     const Index parties = apart ? smaller(threads, runs.count) : 1;
-    Index target = larger(wave_tiles_least, (apart ? own_wave_bytes : wave_bytes) / tile_bytes);
+    // Whole slices of a sum: each of a sum's parts is stored and read again.
+    const Index most_bytes = apart ? own_wave_bytes : wave_bytes[shared_cache_is_far()];
+    // Whole slices of a sum: each of its parts is stored and read again.
+    Index target = larger(wave_tiles_least, most_bytes / tile_bytes / tile_slice * tile_slice);
     if (!apart) {
         const Index least = tiles.count <= single_wave_tiles ? single_wave_tiles : threads * thread_tiles_least;
         target = larger(target, smaller(least, single_wave_tiles));
@@ -176,6 +180,7 @@ void weight_gradient(const WeightGradient& args, Index images, int threads) {
                 transform_run(tiles.segment(s), factor.words, order.of(s), 0, channels);
         }
     };
+    const bool fetches = shared_cache_is_far();
     const auto multiply = [&](const Wave<integers>& of, Index piece, Index f, bool accumulate, float* to) {
         const Factor<integers>&v = of.v, &d = of.d;
         const Index k = piece / d.words.chunks * v.words.width, n = piece % d.words.chunks * d.words.width;
@@ -188,6 +193,11 @@ void weight_gradient(const WeightGradient& args, Index images, int threads) {
                   to + f * u_frequency,
                   d.words.width,
                   0};
+        const auto expect = [&](Index frequency, Index v_row, Index d_row, Index count) {
+            if (fetches)
+                p.later = {stretch_of(v.words, frequency, {v_row, v_row + count}, k),
+                           stretch_of(d.words, frequency, {d_row, d_row + count}, n)};
+        };
         if constexpr (integers) {
             p.row_scale_stride = 1;
             for (Index run = of.first; run < of.last; ++run) {
@@ -195,6 +205,8 @@ void weight_gradient(const WeightGradient& args, Index images, int threads) {
                 p.depth = ceiling(terms.last - terms.first, 2);
                 p.row_scale = v.scales_of(run - of.first, f) + k;
                 p.column_scale = d.scales_of(run - of.first, f) + n;
+                const Index next = run + 1 < of.last ? run + 1 - of.first : 0;
+                expect(next > 0 ? f : f + 1, next * v.run_rows, next * d.run_rows, p.depth);
                 accumulate || run > of.first ? product_slice<Elements::int16_pairs, true>(p, rows, width)
                                              : product_slice<Elements::int16_pairs, false>(p, rows, width);
                 p.a += v.run_rows * v.words.width;
@@ -204,9 +216,17 @@ void weight_gradient(const WeightGradient& args, Index images, int threads) {
             const Span terms = needing<taps>(of.order_of(of.first), f);
             p.a += terms.first * v.words.width;
             p.b += terms.first * d.words.width;
-            p.depth = terms.last - terms.first;
-            accumulate ? product<Elements::floats, true>(p, rows, width, tile_slice)
-                       : product<Elements::floats, false>(p, rows, width, tile_slice);
+            Index t = terms.first;
+            do {
+                p.depth = smaller(tile_slice, terms.last - t);
+                const Index end = t + p.depth, next = end < terms.last ? end : terms.first;
+                expect(end < terms.last ? f : f + 1, next, next, smaller(tile_slice, terms.last - next));
+                accumulate || t > terms.first ? product_slice<Elements::floats, true>(p, rows, width)
+                                              : product_slice<Elements::floats, false>(p, rows, width);
+                p.a += p.depth * v.words.width;
+                p.b += p.depth * d.words.width;
+                t = end;
+            } while (t < terms.last);
         }
     };
     // Adds up what the parties have of some rows of a piece.
