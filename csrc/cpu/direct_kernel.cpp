@@ -267,12 +267,6 @@ struct Pass {
     }
 };
 
-// A hint: pixels that a thread is about to multiply as they lie in memory, where no stretch is long enough for the
-// processor to foresee the next.
-inline void expect_pixels(const char* pixels, Index bytes) {
-    for (Index i = 0; i < bytes; i += 64) prefetch<2>(pixels + i);
-}
-
 // Each thread takes a block of pixels, and where blocks are few a part of the columns, through products and output
 // while they lie in its cache. The packed weight is made first and shared. Then finish(sums, group, begin, end) is
 // called for slices of the channels.
@@ -346,12 +340,10 @@ void gather(Pass pass, int threads, Finish finish) {
             for (Index k = 0; k < depth; k += chunk) {
                 Product p{rows, width, 1, nullptr, 0, nullptr, products_row, smaller(chunk, depth - k)};
                 if (packed) {
-                    const Index pixel_bytes = depth * static_cast<Index>(sizeof(float));
-                    const char* const pixel =
-                        static_cast<const char*>(pass.from.source.pixels.stored) + first * pixel_bytes;
-                    p.a = reinterpret_cast<const float*>(pixel);
+                    p.a = static_cast<const float*>(pass.from.source.pixels.stored) + first * depth;
                     p.a_row = depth;
-                    expect_pixels(pixel + count * pixel_bytes, count * pixel_bytes);
+                    // The block after this one: no stretch is long enough for the processor to foresee the next.
+                    p.later = {Stretch{p.a + count * depth, count * depth / cache_line}};
                 } else {
                     pack(pass.from, first, count, k * numbers, (k + p.depth) * numbers, rows, width);
                 }
@@ -363,6 +355,7 @@ void gather(Pass pass, int threads, Finish finish) {
                         p.c = products + panel - from;
                         k > 0 ? product<elements, true>(p, count, p.b_depth, slice)
                               : product<elements, false>(p, count, p.b_depth, slice);
+                        p.later = {};  // fetched beside the first panel
                     }
                     if (whole) write_strips(from, until);
                 }

@@ -157,7 +157,7 @@ template <int rows, int vectors, Elements elements, bool accumulate, bool fetche
 template <int rows, int vectors, Elements elements, bool accumulate>
 inline void product_tile(Product& p, Index row, Index column) {
     const Fetch fetched = p.fetch();
-    if (lanes == 16 || fetched.step > 0)  // beside so many products as 512 bits hold, to fetch what is at hand is free
+    if (lanes == 16 || fetched.step > 0)  // beside products of 512 bits, to fetch what is at hand costs nothing
         multiply_tile<rows, vectors, elements, accumulate, true>(p, row, column, fetched);
     else
         multiply_tile<rows, vectors, elements, accumulate, false>(p, row, column, fetched);
