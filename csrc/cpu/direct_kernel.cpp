@@ -682,6 +682,10 @@ void add_up(const GradientCut<elements>& cut, const GradientPass& pass, Index pa
                     p.a_depth = channels;
                 }
                 const Index height = smaller(gradient_rows, row_end - r);
+                if (pass.packed && panel == column && row_end - row == channels)  // a share of the next pixels
+                    p.later = {Stretch{static_cast<const float*>(pass.plain.source.pixels.stored) +
+                                           (first + count) * channels + count * r,
+                                       count * height / cache_line}};
                 first > origin ? product<elements, true>(p, height, width, slice)
                                : product<elements, false>(p, height, width, slice);
             }
