@@ -124,7 +124,6 @@ void weight_gradient(const WeightGradient& args, Index images, int threads) {
     const bool apart =
         frequencies * depth * columns * 4 <= own_gradient_bytes && tiles.count >= threads * own_tiles_least;
     const Index parties = apart ? smaller(threads, runs.count) : 1;
-    // Whole slices of a sum: each of a sum's parts is stored and read again.
     const Index most_bytes = apart ? own_wave_bytes : wave_bytes[shared_cache_is_far()];
     // Whole slices of a sum: each of its parts is stored and read again.
     Index target = larger(wave_tiles_least, most_bytes / tile_bytes / tile_slice * tile_slice);
