@@ -669,6 +669,7 @@ void add_up(const GradientCut<elements>& cut, const GradientPass& pass, Index pa
             const Index width = smaller(strip, column_end - panel);
             pass.pack_windows(pass.windows, first, count, panel, smaller(panel + width, numbers), right, right_pitch);
             for (Index r = row; r < row_end; r += gradient_rows) {
+                const Index height = smaller(gradient_rows, row_end - r);
                 Product p{left + (r - row) / gradient_rows * cut.words() * left_pitch,
                           1,
                           left_pitch,
@@ -678,14 +679,13 @@ void add_up(const GradientCut<elements>& cut, const GradientPass& pass, Index pa
                           cut.columns,
                           ceiling(count, cut.numbers)};
                 if (pass.packed) {
-                    p.a = static_cast<const float*>(pass.plain.source.pixels.stored) + first * channels + r;
+                    const float* const pixels =
+                        static_cast<const float*>(pass.plain.source.pixels.stored) + first * channels;
+                    p.a = pixels + r;
                     p.a_depth = channels;
+                    if (panel == column && row_end - row == channels)  // a share of the next pixels
+                        p.later = {Stretch{pixels + count * (channels + r), count * height / cache_line}};
                 }
-                const Index height = smaller(gradient_rows, row_end - r);
-                if (pass.packed && panel == column && row_end - row == channels)  // a share of the next pixels
-                    p.later = {Stretch{static_cast<const float*>(pass.plain.source.pixels.stored) +
-                                           (first + count) * channels + count * r,
-                                       count * height / cache_line}};
                 first > origin ? product<elements, true>(p, height, width, slice)
                                : product<elements, false>(p, height, width, slice);
             }

@@ -201,19 +201,26 @@ inline void product_slice(Product& p, Index rows, Index columns) {
 }
 
 // c = a·b, or c += a·b; `columns` is a multiple of `lanes`. Each sum starts from zero every `slice` words: rounding
-// errors grow with the length of a chain of additions, and integers overflow. A sum of nothing is zero.
-template <Elements elements, bool accumulate>
-inline void product(Product p, Index rows, Index columns, Index slice) {
+// errors grow with the length of a chain of additions, and integers overflow. A sum of nothing is zero. Before each
+// slice before(product, its first word) is called.
+template <Elements elements, bool accumulate, class Before>
+inline void product(Product p, Index rows, Index columns, Index slice, Before before) {
     const Index depth = p.depth;
     Index k = 0;
     do {
         p.depth = smaller(slice, depth - k);
+        before(p, k);
         accumulate || k > 0 ? product_slice<elements, true>(p, rows, columns)
                             : product_slice<elements, false>(p, rows, columns);
         p.a += p.depth * p.a_depth;
         p.b += p.depth * p.b_depth;
         k += slice;
     } while (k < depth);
+}
+
+template <Elements elements, bool accumulate>
+inline void product(const Product& p, Index rows, Index columns, Index slice) {
+    product<elements, accumulate>(p, rows, columns, slice, [](Product&, Index) {});
 }
 
 }  // namespace ganvas::cpu::GANVAS_ISA

@@ -31,10 +31,10 @@ constexpr Index wave_output_bytes = 1700 << 10;
 template <int taps>
 constexpr Index wave_tiles = wave_output_bytes / (points_of<taps> * points_of<taps> * tile_columns * 4);
 // Of a transformed weight: from here on waves are faster for few tiles. These are so many, and half as many as there
-// are output channels at most; the second where the shared cache is far, and one wave at most. They are also faster for
-// any tiles where the weight takes half of the shared cache.
+// are output channels at most; where the shared cache is far, those of one wave, and the second number at most. They
+// are also faster for any tiles where the weight takes half of the shared cache.
 constexpr Index wave_weight_bytes = 8 << 20;
-constexpr Index wave_tiles_most[] = {96, 256};
+constexpr Index wave_tiles_most = 96, one_wave_tiles_most = 256;
 constexpr Index kept_tiles_most = 256;  // in evaluation: of more, the transformed weight is made in no time
 
 // What one output phase is made of: where the first tap of its first output reads, and the taps.
@@ -308,8 +308,8 @@ void run(const Pass& pass, Index images, int threads, Finish finish) {
     const Index weight_bytes = frequencies * depth * columns * 4 * pass.walk.phase_count;
     const bool far = shared_cache_is_far();
     const Index panels = ceiling(columns, tile_columns) * pass.walk.phase_count;
-    const bool one_wave = far && panels >= 2 * threads;
-    const Index few_tiles = smaller(wave_tiles_most[one_wave], one_wave ? wave_tiles<taps> : columns / 2);
+    const Index few_tiles = far && panels >= 2 * threads ? smaller(one_wave_tiles_most, wave_tiles<taps>)
+                                                         : smaller(wave_tiles_most, columns / 2);
     if (2 * weight_bytes >= cache_bytes() || (weight_bytes >= wave_weight_bytes && tiles.count <= few_tiles))
         return run_waves<taps, step, integers>(pass, tiles, Blocks(tiles, pass.groups, block_tiles_most), threads,
                                                finish);

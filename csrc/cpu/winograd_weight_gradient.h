@@ -124,7 +124,8 @@ void weight_gradient(const WeightGradient& args, Index images, int threads) {
     const bool apart =
         frequencies * depth * columns * 4 <= own_gradient_bytes && tiles.count >= threads * own_tiles_least;
     const Index parties = apart ? smaller(threads, runs.count) : 1;
-    const Index most_bytes = apart ? own_wave_bytes : wave_bytes[shared_cache_is_far()];
+    const bool far = shared_cache_is_far();
+    const Index most_bytes = apart ? own_wave_bytes : wave_bytes[far];
     // Whole slices of a sum: each of its parts is stored and read again.
     Index target = larger(wave_tiles_least, most_bytes / tile_bytes / tile_slice * tile_slice);
     if (!apart) {
@@ -179,7 +180,6 @@ void weight_gradient(const WeightGradient& args, Index images, int threads) {
                 transform_run(tiles.segment(s), factor.words, order.of(s), 0, channels);
         }
     };
-    const bool fetches = shared_cache_is_far();
     const auto multiply = [&](const Wave<integers>& of, Index piece, Index f, bool accumulate, float* to) {
         const Factor<integers>&v = of.v, &d = of.d;
         const Index k = piece / d.words.chunks * v.words.width, n = piece % d.words.chunks * d.words.width;
@@ -192,10 +192,11 @@ void weight_gradient(const WeightGradient& args, Index images, int threads) {
                   to + f * u_frequency,
                   d.words.width,
                   0};
-        const auto expect = [&](Index frequency, Index v_row, Index d_row, Index count) {
-            if (fetches)
-                p.later = {stretch_of(v.words, frequency, {v_row, v_row + count}, k),
-                           stretch_of(d.words, frequency, {d_row, d_row + count}, n)};
+        // Rows that come next.
+        const auto expect = [&](Product& part, Index frequency, Index v_row, Index d_row, Index count) {
+            if (far)
+                part.later = {stretch_of(v.words, frequency, {v_row, v_row + count}, k),
+                              stretch_of(d.words, frequency, {d_row, d_row + count}, n)};
         };
         if constexpr (integers) {
             p.row_scale_stride = 1;
@@ -205,7 +206,7 @@ void weight_gradient(const WeightGradient& args, Index images, int threads) {
                 p.row_scale = v.scales_of(run - of.first, f) + k;
                 p.column_scale = d.scales_of(run - of.first, f) + n;
                 const Index next = run + 1 < of.last ? run + 1 - of.first : 0;
-                expect(next > 0 ? f : f + 1, next * v.run_rows, next * d.run_rows, p.depth);
+                expect(p, next > 0 ? f : f + 1, next * v.run_rows, next * d.run_rows, p.depth);
                 accumulate || run > of.first ? product_slice<Elements::int16_pairs, true>(p, rows, width)
                                              : product_slice<Elements::int16_pairs, false>(p, rows, width);
                 p.a += v.run_rows * v.words.width;
@@ -215,17 +216,13 @@ void weight_gradient(const WeightGradient& args, Index images, int threads) {
             const Span terms = needing<taps>(of.order_of(of.first), f);
             p.a += terms.first * v.words.width;
             p.b += terms.first * d.words.width;
-            Index t = terms.first;
-            do {
-                p.depth = smaller(tile_slice, terms.last - t);
-                const Index end = t + p.depth, next = end < terms.last ? end : terms.first;
-                expect(end < terms.last ? f : f + 1, next, next, smaller(tile_slice, terms.last - next));
-                accumulate || t > terms.first ? product_slice<Elements::floats, true>(p, rows, width)
-                                              : product_slice<Elements::floats, false>(p, rows, width);
-                p.a += p.depth * v.words.width;
-                p.b += p.depth * d.words.width;
-                t = end;
-            } while (t < terms.last);
+            p.depth = terms.last - terms.first;
+            const auto before = [&](Product& slice, Index t) {
+                const Index next = t + slice.depth < p.depth ? t + slice.depth : 0, row = terms.first + next;
+                expect(slice, next > 0 ? f : f + 1, row, row, smaller(tile_slice, p.depth - next));
+            };
+            accumulate ? product<Elements::floats, true>(p, rows, width, tile_slice, before)
+                       : product<Elements::floats, false>(p, rows, width, tile_slice, before);
         }
     };
     // Adds up what the parties have of some rows of a piece.

@@ -95,6 +95,10 @@ class Arguments:
         groups, (batch, channels) = self.case.groups, values.shape[:2]
         return values.reshape(groups, batch // groups, channels, -1).transpose(1, 2).flatten(2)
 
+    def normalised(self, output: Tensor) -> Tensor:
+        """Whose statistics are taken, by group."""
+        return self.by_group(F.leaky_relu(output, self.case.slope) if self.case.statistics_of_activation else output)
+
     def affine(self, values: Tensor) -> Tensor:
         return self.per_image(self.scale, values.dtype) * values + self.per_image(self.shift, values.dtype)
 
@@ -150,7 +154,7 @@ def layer_by_layer(of: Arguments, dtype: torch.dtype) -> dict[str, Tensor]:
     output, grad_input, grad_weight = (t.detach().to(dtype) for t in (output, *gradients))
     if case.pending == "affine_kink":
         grad_input = of.kink(grad_input)
-    values = of.by_group((F.leaky_relu(output, case.slope) if case.statistics_of_activation else output).to(wide))
+    values = of.normalised(output).to(wide)
     results = {
         "output": output,
         "output beside statistics": output,
@@ -182,9 +186,7 @@ def sizes(of: Arguments, exact: dict[str, Tensor]) -> dict[str, Tensor]:
     output = squares.detach().sqrt()
     bias = 0 if of.bias is None else of.bias.double().abs()
     level = of.by_group(output).mean(2) + bias
-    values = of.by_group(exact["output"])
-    values = F.leaky_relu(values, of.case.slope) if of.case.statistics_of_activation else values
-    first = values[:, :, :16].mean(2) - exact["mean"]
+    first = of.normalised(exact["output"])[:, :, :16].mean(2) - exact["mean"]
     found = {
         "output": output,
         "output beside statistics": output,
