@@ -68,10 +68,10 @@ template <int rows, int columns, class Each>
 
 // Adds the products of `depth` tiles to the sums. From one to the next `left_step` and `right_step` bytes are gone;
 // second tiles lie `left_next` and `right_next` bytes after the first.
-template <int rows, int columns>
+template <int rows, int columns, class Beside>
 [[gnu::always_inline]] inline void add_tile_products(const char* left, Index left_row, Index left_next, Index left_step,
                                                      const char* right, Index right_row, Index right_next,
-                                                     Index right_step, Index depth) {
+                                                     Index right_step, Index depth, Beside beside) {
     for (Index k = 0; k < depth; ++k, left += left_step, right += right_step) {
         load_tile<4>(left, left_row);
         load_passing_tile<6>(right, right_row);
@@ -85,6 +85,7 @@ template <int rows, int columns>
             multiply_tiles<2, 5, 6>();
             if constexpr (columns == 2) multiply_tiles<3, 5, 7>();
         }
+        beside();
     }
 }
 

@@ -134,6 +134,10 @@ struct Meeting {
         return ((image(part) + images_of(part) - 1) * y.to + end) * x.to;
     }
 
+    // Pixels of the map that is read, but for what parts have in common.
+    Index read_first(Index part) const { return read(image(part), top(part)); }
+    Index read_last(Index part) const { return read(image(part) + images_of(part) - 1, top(part) + part_rows); }
+
     // Rows of a plane that are copied, and places up to the last that is read.
     Index rows(Index part) const { return rows(images_of(part), bottom(part, 0) - top(part)); }
     Index rows(Index part_images, Index part_rows) const {
@@ -171,6 +175,9 @@ struct Meeting {
                                      ty * kernel_row + tx * kernel_column};
         return count;
     }
+
+  private:
+    Index read(Index image, Index row) const { return (image * y.from + smaller(row * y.step, y.from)) * x.from; }
 };
 
 inline void store_pixel(Number* to, Vector low, Vector high) {
@@ -192,6 +199,11 @@ void copy_pixels(const T* from, Index from_step, Index count, Index channels, co
         }
         const T* pixel = from + c;
         Number* copy = to + c;
+        if (std::is_same_v<T, bfloat16> && kind == Activation::identity && high == lanes) {
+            for (Index i = 0; i < count; ++i, pixel += from_step, copy += to_step)
+                std::memcpy(copy, pixel, tile_depth * sizeof(Number));
+            continue;
+        }
         const auto copy_each = [&](auto load_low, auto load_high) {
             for (Index i = 0; i < count; ++i, pixel += from_step, copy += to_step)
                 store_pixel(copy, activate<kind>(load_low(pixel), scales[0], shifts[0], leaky),
@@ -239,6 +251,26 @@ struct Reader {
                              pixels.scale ? pixels.scale + at : nullptr, pixels.shift ? pixels.shift + at : nullptr,
                              Leaky(pixels.negative_slope), to, to_step);
     }
+};
+
+// The next part's pixels, which are fetched a few lines at a time while products of this one are taken: they come from
+// far, and copying would wait for them.
+class Ahead {
+  public:
+    // Of pixels [first, last) are those that this part reads; products take `steps`.
+    Ahead(const Reader& read, Index first, Index last, Index steps) {
+        const Index pixel_bytes = read.source.channels * read.element_bytes;
+        line_ = static_cast<const char*>(read.source.pixels.stored) + last * pixel_bytes;
+        lines_each_ = ceiling((last - first) * pixel_bytes, line_bytes * larger(1, steps));
+    }
+    void fetch() {
+        for (Index i = 0; i < lines_each_; ++i, line_ += line_bytes) prefetch<2>(line_);
+    }
+
+  private:
+    static constexpr Index line_bytes = 64;
+    const char* line_;
+    Index lines_each_;
 };
 
 // Copies each of a part's rows of a plane, x.pitch pixels of `step` numbers, to what next_row() returns, and calls
@@ -319,7 +351,7 @@ void pack_pair(const Pass& pass, const Phases& phases, Index phase, Index pair, 
 // `count` places of a phase times the taps that it meets, for a pair of columns, or one: [chunk][block].
 template <int columns>
 void multiply(const Pass& pass, const Phases& phases, Index phase, Index pair, const char* copies, Index place,
-              Index count, float* products) {
+              Index count, float* products, Ahead& ahead) {
     constexpr Index row_bytes = block * static_cast<Index>(sizeof(float));
     const Tap* const taps = phases.taps + phases.first[phase];
     const Index tap_count = phases.count(phase), group = pass.group(tap_count);
@@ -336,7 +368,8 @@ void multiply(const Pass& pass, const Phases& phases, Index phase, Index pair, c
             for (Index tap = 0; tap < tap_count; ++tap, right += depth * pair_bytes)
                 add_tile_products<2, columns>(
                     copies + taps[tap].plane * plane_bytes + (taps[tap].place + place + row) * place_bytes + k * 64,
-                    place_bytes, tile_side * place_bytes, 64, right, 64, pair_bytes / 2, pair_bytes, depth);
+                    place_bytes, tile_side * place_bytes, 64, right, 64, pair_bytes / 2, pair_bytes, depth,
+                    [&] { ahead.fetch(); });
             each_sum<2, columns>([&]<int sums>(int i, int j) { store_tile<sums>(at(i, j), row_bytes); });
         }
         weight += tap_count * depth * pair_bytes;
@@ -377,15 +410,15 @@ void write_places(const Pass& pass, Index part, Index phase, Index place, Index 
 // Takes a pair of columns of a part through products and output.
 template <class T, Output kind>
 void write_pair(const Pass& pass, const Phases& phases, Index part, Index pair, const char* copies, float* products,
-                double* sums_of_part) {
+                Ahead& ahead, double* sums_of_part) {
     const Meeting& m = pass.meeting;
     PairSums sums{pair * block, smaller((pair + 1) * block, pass.to.channels), {}};
     for (Index phase = 0; phase < m.y.phases * m.x.phases; ++phase) {
         const Index length = m.length(part, phase / m.x.phases, phase % m.x.phases);
         for (Index place = 0; place < length; place += chunk) {
             const Index count = smaller(chunk, length - place);
-            (sums.vectors() == 2 ? multiply<2> : multiply<1>)(pass, phases, phase, pair, copies, place, count,
-                                                              products);
+            (sums.vectors() == 2 ? multiply<2> : multiply<1>)(pass, phases, phase, pair, copies, place, count, products,
+                                                              ahead);
             write_places<T, kind>(pass, part, phase, place, count, products, sums);
         }
     }
@@ -394,7 +427,7 @@ void write_pair(const Pass& pass, const Phases& phases, Index part, Index pair, 
 }
 
 using WritePair = void (*)(const Pass&, const Phases&, Index part, Index pair, const char* copies, float* products,
-                           double* sums);
+                           Ahead& ahead, double* sums);
 
 // Each thread takes a part, and where parts are few some of the columns, through copy, products and output. The weight
 // is made first and shared. Then finish(sums, group, begin, end) is called for slices of the channels.
@@ -446,8 +479,13 @@ void run(const Pass& pass, Dtype dtype, Output kind, int threads, Finish finish)
                     m, pass.read, part, plane, 0, pass.read.source.channels, pass.step, [&] { return row; },
                     [&] { row += m.x.pitch * pass.step; });
             }
+            Index steps = 0;
+            for (Index phase = 0; phase < phase_count; ++phase)
+                steps += ceiling(m.length(part, phase / m.x.phases, phase % m.x.phases), block) * phases.count(phase) *
+                         pass.k_tiles * (last - first);
+            Ahead ahead(pass.read, m.read_first(part), m.read_last(part), steps);
             for (Index pair = first; pair < last; ++pair)
-                write(pass, phases, part, pair, copies, products, sums.of(part));
+                write(pass, phases, part, pair, copies, products, ahead, sums.of(part));
         }
 #pragma omp barrier
         finish_slice(to, sums, finish, thread, team);
@@ -491,7 +529,12 @@ struct GradientPass {
     const GradientCut& cut;
     Reader plain, looked;
 
-    Index step() const { return smaller(cut.columns, cut.column_tiles) * tile_side; }  // words from place to place
+    // A column's pairs of pixels at even places lie together, and those at odd places: a tile's rows follow each other.
+    Index half_words() const { return ceiling(meeting.most_places() + 1, 2) * tile_side; }
+    Index column_words() const { return meeting.planes() * 2 * half_words(); }
+    Index word_count() const { return smaller(cut.columns, cut.column_tiles) * column_words(); }
+    // Of place p of a plane.
+    Index pair(Index plane, Index p) const { return (2 * plane + p % 2) * half_words() + p / 2 * tile_side; }
 };
 
 // Pixels of rows [first, last) of tiles of the plain map's channels, at `length` places, turned: [row][k], tiles.
@@ -523,60 +566,63 @@ void turn_plain(const GradientPass& pass, Index part, Index length, Index first,
     }
 }
 
-// words[i] of `count` pixels: each beside the next one.
-void pair_pixels(const Number* pixels, Index step, Index count, Index tiles, float* words, Index words_step) {
-    for (Index tile = 0; tile < tiles; ++tile) {
-        const Number* pixel = pixels + tile * tile_side;
-        float* to = words + tile * tile_side;
-        VectorBits before = load_halves(pixel);
-        for (Index i = 0; i < count; ++i, to += words_step) {
-            pixel += step;
-            const VectorBits after = load_halves(pixel), bits = before | (after << 16);
-            std::memcpy(to, &bits, sizeof bits);
-            before = after;
-        }
+// Pairs of `count` pixels of a tile's channels, each beside the next one, in turn to one array and the other.
+void pair_pixels(const Number* pixel, Index step, Index count, float* words, float* others) {
+    VectorBits before = load_halves(pixel);
+    for (Index i = 0; i < count; ++i) {
+        pixel += step;
+        const VectorBits after = load_halves(pixel), bits = before | (after << 16);
+        std::memcpy(words, &bits, sizeof bits);
+        before = after;
+        float* const next = others;
+        others = words + tile_side, words = next;
     }
 }
 
-// Columns [first, last) of tiles of the looked-at map's planes in pairs of pixels, that of place p at words[p + 1].
+// Columns [first, last) of tiles of the looked-at map's planes in pairs of pixels, that of place p at place p + 1.
 // `pixels` has room for a row, and one pixel more.
-void pair_looked(const GradientPass& pass, Index part, Index first, Index last, Number* pixels, float* words,
-                 Index plane_words) {
+void pair_looked(const GradientPass& pass, Index part, Index first, Index last, Number* pixels, float* words) {
     const Meeting& m = pass.meeting;
     const Index channel = first * tile_side;
     const Index channels = smaller(last * tile_side, pass.looked.source.channels) - channel;
-    const Index step = multiple(channels, tile_depth), words_step = pass.step(), pitch = m.x.pitch;
+    const Index step = multiple(channels, tile_depth), pitch = m.x.pitch;
+    const Index places = m.places(m.rows(part)) + 1;
     for (Index plane = 0; plane < m.planes(); ++plane) {
-        float* to = words + plane * plane_words;
-        float* const end = to + (m.places(m.rows(part)) + 1) * words_step;
-        __builtin_memset(to, 0, static_cast<std::size_t>(m.x.lead * words_step) * sizeof(float));
-        to += m.x.lead * words_step;
-        zero_numbers(pixels, step);
+        Index place = 0;
         // Before a row's own pixels lies the last one of the row before: the first pair is of both.
         const auto pair = [&](Index count) {
-            pair_pixels(pixels, step, count, last - first, to, words_step);
+            for (Index tile = 0; tile < last - first; ++tile) {
+                float* const to = words + tile * pass.column_words();
+                pair_pixels(pixels + tile * tile_side, step, count, to + pass.pair(plane, place),
+                            to + pass.pair(plane, place + 1));
+            }
             __builtin_memcpy(pixels, pixels + count * step, static_cast<std::size_t>(step) * sizeof(Number));
-            to += count * words_step;
+            place += count;
         };
-        copy_plane(
-            m, pass.looked, part, plane, channel, channels, step, [&] { return pixels + step; }, [&] { pair(pitch); });
-        while (to < end) {
-            const Index count = smaller(pitch, (end - to) / words_step);
+        const auto pair_zeros = [&](Index count) {
             zero_numbers(pixels + step, count * step);
             pair(count);
-        }
+        };
+        zero_numbers(pixels, step);
+        if (m.x.lead > 0) pair_zeros(m.x.lead);
+        copy_plane(
+            m, pass.looked, part, plane, channel, channels, step, [&] { return pixels + step; }, [&] { pair(pitch); });
+        while (place < places) pair_zeros(smaller(pitch, places - place));
     }
 }
 
 // Adds to rows and columns of tiles what they are for a part; `begins`: the sums are the first.
 void add_gradient(const GradientPass& pass, Index part, Span all_rows, Span all_columns, bool begins, const Tap* taps,
-                  const float* words, Index plane_words, const float* turned, float* gradient) {
+                  const float* words, const float* turned, float* gradient) {
     constexpr Index tile_bytes = pair_bytes / 2;
     const Meeting& m = pass.meeting;
     const Index depth = ceiling(m.length(part, 0, 0), tile_depth), next_row = pass.cut.column_tiles * tile_words;
-    const Index step = pass.step(), place_bytes = step * static_cast<Index>(sizeof(float));
     // Taps of one row of the kernel read the same lines: they take turns at a few pixels.
     const Index turn = m.x.size > 1 ? turn_tiles : depth;
+    const Index steps = ceiling(all_rows.last - all_rows.first, 2) * ceiling(all_columns.last - all_columns.first, 2) *
+                        m.tap_count() * depth;
+    Ahead looked(pass.looked, m.read_first(part), m.read_last(part), steps);
+    Ahead plain(pass.plain, m.first(part), m.last(part), steps);
     const auto add = [&]<int rows, int columns>(Index row, Index column) {
         const char* const left = reinterpret_cast<const char*>(turned + (row - all_rows.first) * depth * tile_words);
         for (Index begin = 0; begin < m.tap_count(); begin += m.x.size)
@@ -587,12 +633,14 @@ void add_gradient(const GradientPass& pass, Index part, Span all_rows, Span all_
                     each_sum<rows, columns>([&]<int tile>(int i, int j) {
                         k == 0 && begins ? zero_tile<tile>() : load_tile<tile>(at(i, j), 64);
                     });
-                    const float* const right = words + taps[tap].plane * plane_words +
-                                               (taps[tap].place + 1 + k * tile_depth) * step +
-                                               (column - all_columns.first) * tile_side;
+                    const float* const right = words + (column - all_columns.first) * pass.column_words() +
+                                               pass.pair(taps[tap].plane, taps[tap].place + 1 + k * tile_depth);
                     add_tile_products<rows, columns>(left + k * tile_bytes, 64, depth * tile_bytes, tile_bytes,
-                                                     reinterpret_cast<const char*>(right), 2 * place_bytes, 64,
-                                                     tile_depth * place_bytes, smaller(turn, depth - k));
+                                                     reinterpret_cast<const char*>(right), 64, pass.column_words() * 4,
+                                                     tile_bytes, smaller(turn, depth - k), [&] {
+                                                         looked.fetch();
+                                                         plain.fetch();
+                                                     });
                     each_sum<rows, columns>([&]<int tile>(int i, int j) { store_tile<tile>(at(i, j), 64); });
                 }
     };
@@ -631,9 +679,8 @@ void weight_gradient(const GradientPass& pass, const Taps& w, float* grad_weight
     const GradientCut& cut = pass.cut;
     const Index gradient_words = cut.tile(m.tap_count(), 0), shares = shares_of(cut.pieces(), m.count, threads);
 
-    const Index plane_words = (m.most_places() + 1) * pass.step();
     const Index most_depth = ceiling(m.most_places(), tile_depth);
-    const std::size_t word_bytes = floats(m.planes() * plane_words);
+    const std::size_t word_bytes = floats(pass.word_count());
     const std::size_t turned_bytes = floats(cut.rows * most_depth * tile_words);
     const std::size_t pixel_bytes =
         floats(larger(tile_depth * cut.rows, (m.x.pitch + 1) * cut.columns) * tile_side / 2);
@@ -660,9 +707,9 @@ void weight_gradient(const GradientPass& pass, const Taps& w, float* grad_weight
             const Span columns{column, smaller(column + cut.columns, cut.column_tiles)};
             const Index begin = m.count * share / shares, end = m.count * (share + 1) / shares;
             for (Index part = begin; part < end; ++part) {
-                pair_looked(pass, part, columns.first, columns.last, pixels, words, plane_words);
+                pair_looked(pass, part, columns.first, columns.last, pixels, words);
                 turn_plain(pass, part, m.length(part, 0, 0), rows.first, rows.last, pixels, turned);
-                add_gradient(pass, part, rows, columns, part == begin, taps, words, plane_words, turned,
+                add_gradient(pass, part, rows, columns, part == begin, taps, words, turned,
                              gradient + share * gradient_words);
             }
         }
