@@ -10,17 +10,22 @@ constexpr Index tile_side = 16;   // rows of a tile, and sums in one
 constexpr Index tile_depth = 32;  // bfloat16 numbers in a row: terms of each sum
 constexpr Index tile_words = tile_side * tile_side;
 
-// While one exists, the thread's tiles are 16×16 words each.
+// While one exists, the thread's tiles are 16×16 words each; those of factors are for sums of `depth` terms, an even
+// number.
 class Tiles {
   public:
-    Tiles() {
+    explicit Tiles(Index depth) {
         struct Configuration {
             std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
             std::uint16_t row_bytes[16] = {};
             std::uint8_t rows[16] = {};
         } configuration;
         static_assert(sizeof configuration == 64);
-        for (int tile = 0; tile < 8; ++tile) configuration.row_bytes[tile] = 64, configuration.rows[tile] = tile_side;
+        for (int tile = 0; tile < 8; ++tile) {
+            const bool left = tile == 4 || tile == 5, right = tile > 5;
+            configuration.row_bytes[tile] = static_cast<std::uint16_t>(left ? 2 * depth : 64);
+            configuration.rows[tile] = static_cast<std::uint8_t>(right ? depth / 2 : tile_side);
+        }
         asm volatile("ldtilecfg %0" ::"m"(configuration));
     }
     ~Tiles() { asm volatile("tilerelease"); }

@@ -6,6 +6,9 @@
 // follow each other with no more between them than the zeros that the end of one and the beginning of the next have in
 // common; so do images. Places are counted in one line, and what comes out between two rows is left aside.
 //
+// Where a map has few channels, pixels lie closer than a tile's row is long: a row then is of several pixels, and meets
+// as many taps at once.
+//
 // With a stride s, every s-th pixel makes a plane of its own. A convolution reads up to s×s planes of its input; the
 // gradient that it gives back has s×s phases, each of which meets some of the taps and reads one plane. Transposed
 // convolutions are the same with maps exchanged.
@@ -85,6 +88,27 @@ struct Axis {
         const Index o = offset(phase, tap);
         return (o - modulo(o)) / stride;
     }
+    // Taps that a phase meets in a plane, nearest pixels first.
+    template <class Visit>
+    void each_tap(Index phase, Index of_plane, Visit visit) const {
+        for (Index i = 0; i < size; ++i) {
+            const Index tap = gathers ? i : size - 1 - i;
+            if (meets(phase, tap) && plane(tap) == of_plane) visit(tap);
+        }
+    }
+    // How many taps, no more than `most`, read neighbouring pixels wherever a phase meets one.
+    Index neighbours(Index most) const {
+        for (Index phase = 0; phase < phases; ++phase)
+            for (Index of_plane = 0; of_plane < planes; ++of_plane) {
+                Index count = 0, last = 0;
+                each_tap(phase, of_plane, [&](Index tap) {
+                    if (count > 0 && shift(phase, tap) != last + 1) most = 1;
+                    last = shift(phase, tap), ++count;
+                });
+                if (count > 0) most = smaller(most, count);
+            }
+        return most;
+    }
 
   private:
     Index offset(Index phase, Index tap) const {
@@ -96,7 +120,8 @@ struct Axis {
 // A pair of taps, along either axis, that pixels of a phase meet.
 struct Tap {
     Index plane, place;  // that is read beside a pixel's own place
-    Index offset;        // of its numbers in the weight
+    Index offset;        // of its numbers in the weight; none where they are those of another
+    static constexpr Index none = -1;
 };
 
 // Two maps, the way from one to the other, and how they are cut into parts: some images of one group, or some rows of
@@ -164,17 +189,32 @@ struct Meeting {
         }
     }
     Index tap_count() const { return y.size * x.size; }
-    // The taps that a phase meets.
-    Index taps_of(Index phase_y, Index phase_x, Index kernel_row, Index kernel_column, Tap* taps) const {
+    // The taps that a phase meets, `together` neighbours of a row in turn: how many there are of those. The last ones
+    // of a row overlap the ones before.
+    Index taps_of(Index phase_y, Index phase_x, Index kernel_row, Index kernel_column, Index together,
+                  Tap* taps) const {
         Index count = 0;
         for (Index ty = 0; ty < y.size; ++ty)
-            for (Index tx = 0; tx < x.size; ++tx)
-                if (y.meets(phase_y, ty) && x.meets(phase_x, tx))
-                    taps[count++] = {y.plane(ty) * x.planes + x.plane(tx),
-                                     (y.lead + y.shift(phase_y, ty)) * x.pitch + x.lead + x.shift(phase_x, tx),
-                                     ty * kernel_row + tx * kernel_column};
+            for (Index plane_x = 0; y.meets(phase_y, ty) && plane_x < x.planes; ++plane_x) {
+                Tap* const row = taps + count * together;
+                Index met = 0;
+                x.each_tap(phase_x, plane_x, [&](Index tx) {
+                    row[met++] = {y.plane(ty) * x.planes + plane_x,
+                                  (y.lead + y.shift(phase_y, ty)) * x.pitch + x.lead + x.shift(phase_x, tx),
+                                  ty * kernel_row + tx * kernel_column};
+                });
+                const Index groups = ceiling(met, together), again = groups * together - met;
+                for (Index i = groups * together - 1; again > 0 && i >= (groups - 1) * together; --i) {
+                    const bool own = i >= (groups - 1) * together + again;
+                    row[i] = row[i - again];
+                    if (!own) row[i].offset = Tap::none;
+                }
+                count += groups;
+            }
         return count;
     }
+    // Room for those of all phases.
+    Index tap_room() const { return 2 * tap_count(); }
 
   private:
     Index read(Index image, Index row) const { return (image * y.from + smaller(row * y.step, y.from)) * x.from; }
@@ -186,10 +226,25 @@ inline void store_pixel(Number* to, Vector low, Vector high) {
     std::memcpy(to, &pair, sizeof pair);
 }
 
-// `count` pixels, their activation applied, from `channels` channels on; zeros past those, up to whole tiles.
+// `count` pixels, their activation applied, from `channels` channels on; zeros past those, up to whole tiles, or to the
+// next pixel.
 template <class T, Activation kind>
 void copy_pixels(const T* from, Index from_step, Index count, Index channels, const float* scale, const float* shift,
                  Leaky leaky, Number* to, Index to_step) {
+    if (std::is_same_v<T, bfloat16> && kind == Activation::identity && from_step == channels && to_step == channels) {
+        __builtin_memcpy(to, from, static_cast<std::size_t>(count * channels) * sizeof(Number));
+        return;
+    }
+    if (to_step < tile_depth) {  // what is stored past a pixel, the next one stores over
+        const Vector scales = kind == Activation::identity ? Vector{} : load_lanes(scale, channels);
+        const Vector shifts = kind == Activation::identity ? Vector{} : load_lanes(shift, channels);
+        for (Index i = 0; i < count; ++i, from += from_step, to += to_step) {
+            const VectorHalves halves =
+                nearest_bfloat16(activate<kind>(load_lanes(from, channels), scales, shifts, leaky));
+            std::memcpy(to, &halves, sizeof halves);
+        }
+        return;
+    }
     for (Index c = 0; c < channels; c += tile_depth) {
         const Index low = smaller(lanes, channels - c), high = clamped(channels - c - lanes, 0, lanes);
         Vector scales[2]{}, shifts[2]{};
@@ -301,20 +356,23 @@ struct Pass {
     Destination to;
     Taps weight;
     const float* values;
-    Index step;     // numbers from place to place
-    Index k_tiles;  // of the channels that are read
+    Index step;      // numbers from place to place
+    Index together;  // taps in a tile
+    Index k_tiles;   // of the channels that are read
 
     Index place_bytes() const { return step * static_cast<Index>(sizeof(Number)); }
     Index plane_bytes() const { return meeting.most_places() * place_bytes(); }
     Index pairs() const { return ceiling(to.channels, block); }
+    Index depth() const { return smaller(tile_depth, together * step); }  // numbers in a tile's row
     // Tiles of channels that are multiplied together.
     Index group(Index taps) const { return clamped(right_bytes / (larger(1, taps) * pair_bytes), 1, k_tiles); }
 };
 
-// The taps of every phase, and where the weight's tiles for a phase begin: [pair][group][tap][k][2].
+// The taps of every phase, pass.together for a tile, and where the weight's tiles for a phase begin:
+// [pair][group][tap][k][2].
 struct Phases {
     Tap* taps;
-    Index* first;  // of each phase, and the end
+    Index* first;  // of each phase, and the end, in tiles
     float* weight;
 
     Index count(Index phase) const { return first[phase + 1] - first[phase]; }
@@ -323,28 +381,37 @@ struct Phases {
     }
 };
 
-// A tile of a tap: numbers of channels [k, k + tile_depth), two to a word, for columns [n, n + tile_side).
-void pack_tile(const Taps& w, const float* tap, Index k, Index n, float* words) {
+// A tile of some taps: numbers of channels [k, k + tile_depth), or of all taps in turn, two to a word, for columns
+// [n, n + tile_side).
+void pack_tile(const Pass& pass, const Tap* taps, Index k, Index n, float* words) {
+    const Taps& w = pass.weight;
     const Index columns = smaller(tile_side, w.columns - n);
     if (columns <= 0) return;  // of a pair of tiles that is none
-    for (Index half = 0; half < 2; ++half, k += lanes, words += tile_words / 2) {
+    const Index step = smaller(lanes, pass.step);
+    Vector rows[tile_depth] = {};
+    for (Index row = 0; row < pass.depth(); row += step) {
+        const Index channel = pass.together > 1 ? 0 : k + row;
+        const Tap& tap = taps[pass.together > 1 ? row / step : 0];
+        if (tap.offset == Tap::none || channel >= w.channels) continue;
         TapBlock numbers[1] = {};
-        if (k < w.channels) load_taps<1>(w, tap + k * w.k + n * w.n, smaller(lanes, w.channels - k), columns, numbers);
-        store_rows<Elements::bfloat16_pairs>(reinterpret_cast<const float*>(numbers[0]), lanes, lanes, lanes, words,
-                                             lanes);
+        load_taps<1>(w, pass.values + tap.offset + channel * w.k + n * w.n, smaller(step, w.channels - channel),
+                     columns, numbers);
+        for (Index i = 0; i < step; ++i) rows[row + i] = numbers[0][i];
     }
+    store_rows<Elements::bfloat16_pairs>(reinterpret_cast<const float*>(rows), lanes, pass.depth(), lanes, words,
+                                         lanes);
 }
 
 // Every tile of one tap for a pair of columns.
 void pack_pair(const Pass& pass, const Phases& phases, Index phase, Index pair, Index tap) {
     const Index taps = phases.count(phase), group = pass.group(taps);
-    const float* const values = pass.values + phases.taps[phases.first[phase] + tap].offset;
+    const Tap* const those = phases.taps + (phases.first[phase] + tap) * pass.together;
     for (Index k = 0; k < pass.k_tiles; ++k) {
         const Index before = k / group * group, depth = smaller(group, pass.k_tiles - before);
         float* const words =
             phases.tiles(pass, phase, pair) + (before * taps + tap * depth + k - before) * 2 * tile_words;
         for (Index i = 0; i < 2; ++i)
-            pack_tile(pass.weight, values, k * tile_depth, pair * block + i * tile_side, words + i * tile_words);
+            pack_tile(pass, those, k * tile_depth, pair * block + i * tile_side, words + i * tile_words);
     }
 }
 
@@ -353,7 +420,7 @@ template <int columns>
 void multiply(const Pass& pass, const Phases& phases, Index phase, Index pair, const char* copies, Index place,
               Index count, float* products, Ahead& ahead) {
     constexpr Index row_bytes = block * static_cast<Index>(sizeof(float));
-    const Tap* const taps = phases.taps + phases.first[phase];
+    const Tap* const taps = phases.taps + phases.first[phase] * pass.together;
     const Index tap_count = phases.count(phase), group = pass.group(tap_count);
     const Index place_bytes = pass.place_bytes(), plane_bytes = pass.plane_bytes();
     const char* weight = reinterpret_cast<const char*>(phases.tiles(pass, phase, pair));
@@ -365,11 +432,12 @@ void multiply(const Pass& pass, const Phases& phases, Index phase, Index pair, c
             each_sum<2, columns>(
                 [&]<int sums>(int i, int j) { k > 0 ? load_tile<sums>(at(i, j), row_bytes) : zero_tile<sums>(); });
             const char* right = weight;
-            for (Index tap = 0; tap < tap_count; ++tap, right += depth * pair_bytes)
+            for (Index i = 0; i < tap_count; ++i, right += depth * pair_bytes) {
+                const Tap& tap = taps[i * pass.together];
                 add_tile_products<2, columns>(
-                    copies + taps[tap].plane * plane_bytes + (taps[tap].place + place + row) * place_bytes + k * 64,
-                    place_bytes, tile_side * place_bytes, 64, right, 64, pair_bytes / 2, pair_bytes, depth,
-                    [&] { ahead.fetch(); });
+                    copies + tap.plane * plane_bytes + (tap.place + place + row) * place_bytes + k * 64, place_bytes,
+                    tile_side * place_bytes, 64, right, 64, pair_bytes / 2, pair_bytes, depth, [&] { ahead.fetch(); });
+            }
             each_sum<2, columns>([&]<int sums>(int i, int j) { store_tile<sums>(at(i, j), row_bytes); });
         }
         weight += tap_count * depth * pair_bytes;
@@ -438,7 +506,7 @@ void run(const Pass& pass, Dtype dtype, Output kind, int threads, Finish finish)
     const Index pairs = pass.pairs(), phase_count = m.y.phases * m.x.phases;
     const Index splits = smaller(pairs, ceiling(threads, m.count)), split = ceiling(pairs, splits);
     const std::size_t copy_bytes = Workspace::padded(static_cast<std::size_t>(m.planes() * pass.plane_bytes()));
-    const std::size_t tap_bytes = Workspace::padded(static_cast<std::size_t>(m.tap_count()) * sizeof(Tap));
+    const std::size_t tap_bytes = Workspace::padded(static_cast<std::size_t>(m.tap_room()) * sizeof(Tap));
     const std::size_t first_bytes = Workspace::padded(static_cast<std::size_t>(phase_count + 1) * sizeof(Index));
     const std::size_t weight_bytes = floats(m.tap_count() * pairs * pass.k_tiles * 2 * tile_words);
     const std::size_t sum_bytes = PartSums<Meeting>::bytes(m, to.channels);
@@ -453,7 +521,7 @@ void run(const Pass& pass, Dtype dtype, Output kind, int threads, Finish finish)
     for (Index phase = 0; phase < phase_count; ++phase)
         phases.first[phase + 1] =
             phases.first[phase] + m.taps_of(phase / m.x.phases, phase % m.x.phases, pass.weight.row, pass.weight.column,
-                                            phases.taps + phases.first[phase]);
+                                            pass.together, phases.taps + phases.first[phase] * pass.together);
     Shares shares(m.count * splits, threads);
 
 #pragma omp parallel num_threads(threads)
@@ -461,7 +529,7 @@ void run(const Pass& pass, Dtype dtype, Output kind, int threads, Finish finish)
         const Index thread = omp_get_thread_num(), team = omp_get_num_threads();
         char* const copies = scratch.of(thread);
         float* const products = reinterpret_cast<float*>(copies + copy_bytes);
-        const Tiles tiles;
+        const Tiles tiles(pass.depth());
         for (Index phase = 0; phase < phase_count; ++phase) {
             const Index count = phases.count(phase);
 #pragma omp for schedule(static) nowait
@@ -496,10 +564,17 @@ template <class Finish>
 void run(const ConvolutionShape& s, const Source& from, const Destination& to, bool gathers, const Taps& weight,
          const float* values, Output kind, int threads, Finish finish) {
     const Axis y(s.rows, gathers, from.height, to.height), x(s.columns, gathers, from.width, to.width);
-    const Index step = multiple(from.channels, tile_depth), bytes = step * static_cast<Index>(sizeof(Number));
-    const Index place = bytes % together_bytes == 0 ? step + tile_depth : step;
+    Index step = multiple(from.channels, tile_depth), place = step, together = 1;
+    if (from.channels <= tile_depth / 2) {
+        place = 2;
+        while (place < from.channels) place *= 2;
+        together = x.neighbours(tile_depth / place);
+    } else if (step * static_cast<Index>(sizeof(Number)) % together_bytes == 0) {
+        place += tile_depth;
+    }
     const Meeting meeting(y, x, s.batch, s.groups, place * static_cast<Index>(sizeof(Number)), part_bytes, 2 * threads);
-    run({meeting, Reader(from, s.dtype), to, weight, values, place, step / tile_depth}, s.dtype, kind, threads, finish);
+    run({meeting, Reader(from, s.dtype), to, weight, values, place, together, step / tile_depth}, s.dtype, kind,
+        threads, finish);
 }
 
 // How the weight's gradient is cut, in tiles: rows are channels of the plain map, columns those of the other. What is
@@ -690,7 +765,7 @@ void weight_gradient(const GradientPass& pass, const Taps& w, float* grad_weight
     const ThreadWorkspaces scratch(word_bytes + turned_bytes + pixel_bytes, threads);
     float* const gradient = static_cast<float*>(workspace.take(all_bytes));
     Tap* const taps = static_cast<Tap*>(workspace.take(tap_bytes));
-    m.taps_of(0, 0, w.row, w.column, taps);
+    m.taps_of(0, 0, w.row, w.column, 1, taps);
 
 #pragma omp parallel num_threads(threads)
     {
@@ -698,7 +773,7 @@ void weight_gradient(const GradientPass& pass, const Taps& w, float* grad_weight
         float* const words = reinterpret_cast<float*>(mine);
         float* const turned = reinterpret_cast<float*>(mine + word_bytes);
         Number* const pixels = reinterpret_cast<Number*>(mine + word_bytes + turned_bytes);
-        const Tiles tiles;
+        const Tiles tiles(tile_depth);
 #pragma omp for schedule(static)
         for (Index item = 0; item < shares * cut.pieces(); ++item) {
             const Index share = item / cut.pieces(), piece = item % cut.pieces();

@@ -28,6 +28,7 @@ FACTOR_ROUNDING = torch.finfo(torch.bfloat16).eps / 2 / 3**0.5
 STRIDE_2 = Geometry(stride=(2, 2))
 SAME_3X3: dict[str, Any] = {"geometry": Geometry(padding=(1, 1)), "kernel": (3, 3)}
 TRANSPOSED_4X4: dict[str, Any] = {"geometry": Geometry((2, 2), (1, 1), transposed=True), "kernel": (4, 4)}
+DOWN_4X4: dict[str, Any] = {"geometry": Geometry((2, 2), (1, 1)), "kernel": (4, 4)}
 SAME_5X5: dict[str, Any] = {"geometry": Geometry(padding=(2, 2)), "kernel": (5, 5)}
 CHANNELS = (1, 3, 8, 16, 17, 31, 33, 64)
 
@@ -221,6 +222,13 @@ AWKWARD = {
         groups=2,
         geometry=Geometry(stride=(3, 2), padding=(1, 0), dilation=(2, 3), transposed=True, output_padding=(1, 2)),
     ),
+    "few channels, stride 2": Case(in_channels=6, out_channels=20, height=13, width=10, groups=2, **DOWN_4X4),
+    "few channels, five planes": Case(
+        in_channels=2, out_channels=18, height=23, width=21, kernel=(7, 6), geometry=Geometry((5, 5), (3, 2))
+    ),
+    "few channels, few neighbours": Case(
+        in_channels=12, out_channels=5, height=9, kernel=(3, 3), geometry=Geometry((2, 2), (1, 1))
+    ),
     "a kernel wider than the map": Case(height=2, width=3, kernel=(5, 7), geometry=Geometry(padding=(4, 5))),
     "strides past the kernel": Case(height=11, width=9, kernel=(2, 1), geometry=Geometry(stride=(3, 4))),
     "a stride as long as the map": Case(
@@ -341,6 +349,20 @@ def test_what_is_not_finite_reaches_its_own_pixel_alone(bad, dtype):
     dirty["grad_weight"][:, 3], dirty["grad_weight"][2] = clean["grad_weight"][:, 3], clean["grad_weight"][2]
     for name in ("output", "grad_input", "grad_weight"):
         assert torch.equal(dirty[name], clean[name]), name
+
+
+@pytest.mark.parametrize("channels", [1, 3, 8, 13, 40])
+@pytest.mark.parametrize("window", [SAME_3X3, SAME_5X5, DOWN_4X4, TRANSPOSED_4X4])
+def test_what_is_not_finite_reaches_windows_around_it_alone(window, channels):
+    shape = {"in_channels": channels, "out_channels": channels, "height": 12, "width": 14, "pending": "stored"}
+    of = Arguments(Case(dtype=torch.bfloat16, **shape, **window))
+    of.stored[1, 0, 5, 8] = of.grad_output[0, 0, 4, 3] = float("nan")
+    results = kernels(of)
+    bad = of.stored[:, :1].isnan().float().requires_grad_()
+    reached = torch.convolution(bad, torch.ones(1, 1, *of.case.kernel), None, *of.case.geometry[:6])
+    assert torch.equal(results["output"].isnan(), (reached > 0).expand(results["output"].shape))
+    (reached,) = torch.autograd.grad(reached, bad, of.grad_output[:, :1].isnan().float())
+    assert torch.equal(results["grad_input"].isnan(), (reached > 0).expand(results["grad_input"].shape))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
