@@ -9,6 +9,7 @@
 #include "channel_sums.h"
 #include "conversion.h"
 #include "max_pool.h"
+#include "parallel.h"
 #include "pending_gradient.h"
 #include "workspace.h"
 
@@ -21,6 +22,11 @@ std::int64_t rows_of(const ConvolutionShape& s) {
 
 std::int64_t stored_bytes(const ChainLayer& layer) {
     return rows_of(layer.shape()) * layer.shape().out_channels * element_bytes(layer.shape().dtype);
+}
+
+std::int64_t input_bytes(const ChainLayer& layer) {
+    const ConvolutionShape& s = layer.shape();
+    return s.batch * s.height * s.width * s.in_channels * element_bytes(s.dtype);
 }
 
 std::int64_t pooled_pixels(const ChainLayer& layer) {
@@ -178,6 +184,15 @@ bool can_activate(const ChainLayer& layer) {
     return layer.norm != Norm::batch && !layer.max_pool && !layer.is_bare();
 }
 
+// How many images a layer convolves and pools at a time, where nothing is kept but the pooled ones: what it stores of
+// them, in the cores' own caches.
+std::int64_t images_at_a_time(const ChainLayer& layer, int threads) {
+    const std::int64_t batch = layer.shape().batch;
+    const std::int64_t fitting = threads * core_cache_bytes() / 4 * batch / stored_bytes(layer);
+    const std::int64_t times = batch / std::clamp<std::int64_t>(fitting, std::min<std::int64_t>(threads, batch), batch);
+    return (batch + times - 1) / times;
+}
+
 // For what layers leave for the next one.
 PixelMemory forward_memory(const std::vector<ChainLayer>& layers) {
     std::int64_t largest = 0;
@@ -237,7 +252,6 @@ void Chain::forward(const ChainForward& call, int threads) const {
     };
     std::vector<PixelMemory::Block> inputs(layers_.size());  // of the layers after the first
     const Floats weight_copy(largest_narrow_weight(layers_));
-    std::vector<std::uint8_t> winners;  // that nobody will ask for
 
     PendingActivation before{call.input, nullptr, nullptr, 1.0f, false};
     for_each_stage(layers_, call.layers, groups_, call.statistics, [&](Stage<float> stage) {
@@ -280,15 +294,25 @@ void Chain::forward(const ChainForward& call, int threads) const {
             if (activates) args.activation = stage.pending(residual);
             args.adds_last = layer.adds_last;
         }
-        layer.forward->forward(args, threads);
+        PixelMemory::Block pooled{};
+        if (layer.max_pool) {
+            pooled = place(last ? call.output : tensors.written, output_bytes(layer));
+            const std::int64_t batch = args.shape.batch, read = input_bytes(layer) / batch;
+            const std::int64_t images = args.evaluates && groups_ == 1 ? images_at_a_time(layer, threads) : batch;
+            MaxPoolForward pool{stage.pool_shape(), stage.pending(output), pooled.begin, tensors.winners};
+            for (std::int64_t first = 0; first < batch; first += images) {
+                args.shape.batch = pool.shape.batch = std::min(images, batch - first);
+                args.input.stored = static_cast<const char*>(before.stored) + first * read;
+                pool.output = static_cast<char*>(pooled.begin) + first * (output_bytes(layer) / batch);
+                layer.forward->forward(args, threads);
+                max_pool_forward(pool, threads);
+            }
+        } else {
+            layer.forward->forward(args, threads);
+        }
         if (adder_[i] < 0) memory.give(inputs[i]);
         before = activates ? PendingActivation{output, nullptr, nullptr, 1.0f, false} : stage.pending(output);
         if (layer.max_pool) {
-            const PixelMemory::Block pooled = place(last ? call.output : tensors.written, output_bytes(layer));
-            if (!tensors.winners) winners.resize(static_cast<std::size_t>(pooled_pixels(layer)));
-            max_pool_forward(
-                {stage.pool_shape(), before, pooled.begin, tensors.winners ? tensors.winners : winners.data()},
-                threads);
             before = {pooled.begin, nullptr, nullptr, 1.0f, false};
             memory.give(result);
             result = pooled;

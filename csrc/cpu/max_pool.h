@@ -21,7 +21,8 @@ struct MaxPoolForward {
     MaxPoolShape shape;
     PendingActivation input;  // with scale and shift
     void* output;             // [N, H/2, W/2, C]
-    std::uint8_t* index;      // [N, H/2, W/2, C]: which of the four, row by row; the first of equals, a NaN before all
+    std::uint8_t* index;      // [N, H/2, W/2, C]: which of the four, row by row; the first of equals, a NaN before all;
+                              // null: not kept
 };
 
 struct MaxPoolBackward {

@@ -39,7 +39,7 @@ inline Index stored_row(const MaxPoolShape& s, Index row) {
     return (row / pooled_height * s.height + row % pooled_height * 2) * s.width * s.channels;
 }
 
-template <bool activation_first, class T>
+template <bool activation_first, bool keeps, class T>
 void forward_row(const MaxPoolForward& args, Index row) {
     const MaxPoolShape& s = args.shape;
     const Index pooled_width = s.width / 2, channels = s.channels;
@@ -48,7 +48,7 @@ void forward_row(const MaxPoolForward& args, Index row) {
     const Leaky leaky(args.input.negative_slope);
     const T* stored = static_cast<const T*>(args.input.stored) + stored_row(s, row);
     T* output = static_cast<T*>(args.output) + row * pooled_width * channels;
-    std::uint8_t* indices = args.index + row * pooled_width * channels;
+    std::uint8_t* const indices = keeps ? args.index + row * pooled_width * channels : nullptr;
     for (Index x = 0; x < pooled_width; ++x)
         for (Index c = 0; c < channels; c += lanes) {
             const Index count = channels - c;
@@ -61,10 +61,10 @@ void forward_row(const MaxPoolForward& args, Index row) {
                 const Vector value = pending_activation<activation_first>(load_lanes(from, count), scale, shift, leaky);
                 const auto better = (value > best) | (value != value);
                 best = k == 0 ? value : better ? value : best;
-                index = k == 0 ? VectorBits{} : better ? VectorBits{} + k : index;
+                if (keeps) index = k == 0 ? VectorBits{} : better ? VectorBits{} + k : index;
             }
             store_lanes(output + x * channels + c, best, count);
-            store_index(indices + x * channels + c, index, count);
+            if (keeps) store_index(indices + x * channels + c, index, count);
         }
 }
 
@@ -72,7 +72,9 @@ template <bool activation_first, class T>
 void forward(const MaxPoolForward& args, int threads) {
     const Index rows = args.shape.batch * (args.shape.height / 2);
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (Index row = 0; row < rows; ++row) forward_row<activation_first, T>(args, row);
+    for (Index row = 0; row < rows; ++row)
+        args.index ? forward_row<activation_first, true, T>(args, row)
+                   : forward_row<activation_first, false, T>(args, row);
 }
 
 // Adds up Σg and Σg·(x − mean) of pooled rows [begin, end) of a group.

@@ -201,6 +201,24 @@ def test_gradients_of_second_order_equal_plain_torchs(norm, groups):
         torch.testing.assert_close(got, expected, rtol=2e-3, atol=2e-3 * expected.abs().max().item())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("count", [1, 3])
+def test_many_images_that_are_pooled_in_turn_equal_each_alone(threads, dtype, count):
+    threads(count)
+    torch.manual_seed(0)
+    layers = [layer(16, 64, norm=None, bias=True, max_pool=True), layer(64, 24, norm=False, max_pool=True)]
+    layers = [replace(one, weight=one.weight.to(dtype)) for one in layers]
+    x = image(43, 16, 36, 41, dtype=dtype).contiguous(
+        memory_format=torch.channels_last
+    )  # of which the first layer stores 8 MiB or more
+    with torch.inference_mode():
+        together = conv_bn_leaky_relu_chain(x, layers)
+        alone = [conv_bn_leaky_relu_chain(one, layers) for one in x.split(1)]
+    assert together.shape == (43, 24, 9, 10)
+    for got, expected in zip(together.split(1), alone):
+        torch.testing.assert_close(got, expected, rtol=2e-2 if dtype is torch.bfloat16 else 1e-4, atol=1e-2)
+
+
 @pytest.mark.parametrize("slope", [0.2, 1.0])
 def test_gradients_of_second_order_of_a_residual_block_equal_plain_torchs(slope):
     torch.manual_seed(0)
