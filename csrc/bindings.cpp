@@ -617,6 +617,11 @@ std::size_t bytes_held() {
     return workspace_bytes_held() + kept_weight_bytes();
 }
 
+std::unique_ptr<Workspace> tensor_memory(std::int64_t bytes) {
+    require(bytes >= 1, "memory has at least one byte; got ", bytes);
+    return std::make_unique<Workspace>(static_cast<std::size_t>(bytes), Workspace::tensor);
+}
+
 std::size_t release_memory() {
     const std::size_t bytes = bytes_held();
     release_workspace();
@@ -911,6 +916,13 @@ PYBIND11_MODULE(_native, module, py::mod_gil_not_used()) {
     module.def("settle_pending_gradient", settle_pending_gradient_, without_gil);
     module.def("discriminator_loss", discriminator_loss_, without_gil);
     module.def("generator_loss", generator_loss_, without_gil);
+    py::class_<Workspace>(module, "Memory", py::buffer_protocol(),
+                          "uninitialised bytes for a tensor, from the memory that is kept for later calls")
+        .def(py::init(&tensor_memory))
+        .def_buffer([](const Workspace& memory) {
+            return py::buffer_info(memory.begin(), 1, py::format_descriptor<std::uint8_t>::format(), 1,
+                                   {memory.bytes()}, {1});
+        });
     module.def("workspace_bytes_held", bytes_held,
                "memory kept for later calls: scratch, and weights as kernels multiply by them");
     module.def("release_workspace", release_memory, without_gil,

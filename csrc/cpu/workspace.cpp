@@ -58,10 +58,16 @@ Workspace::Workspace(std::size_t bytes, int thread) : bytes_(0), thread_(thread)
     expect_first_touch(begin_, static_cast<std::int64_t>(bytes_));
 }
 
-// Past the limit the pool starts afresh: what lies idle is of sizes that are no longer asked for.
+// Past the limit the pool starts afresh, but for tensors: what lies idle is of sizes that are no longer asked for.
 Workspace::~Workspace() {
     if (!begin_) return;
-    if (workspace_bytes_held() + bytes_ > held_limit) release_workspace();
+    if (workspace_bytes_held() + bytes_ > held_limit) {
+        if (thread_ == tensor) {
+            ::operator delete(begin_, std::align_val_t{page});
+            return;
+        }
+        release_workspace();
+    }
     Pool& p = pool();
     const std::lock_guard lock(p.mutex);
     p.free.push_back({begin_, bytes_, thread_});

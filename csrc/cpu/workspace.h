@@ -10,10 +10,11 @@ namespace ganvas::cpu {
 // A block of the pool, handed back when this object ends. Contents are whatever the last user left. Thread-safe.
 class Workspace {
   public:
-    static constexpr int shared = -1;
+    static constexpr int shared = -1, tensor = -2;
 
     // For all threads of a team, or for one of them: that is a block which no other has written to, so that none of its
-    // lines lies in another core's cache. Throws std::bad_alloc.
+    // lines lies in another core's cache. Or for a tensor: what finds no room in the pool then goes back to the system,
+    // and drives out nothing. Throws std::bad_alloc.
     explicit Workspace(std::size_t bytes, int thread = shared);
     ~Workspace();
     Workspace(const Workspace&) = delete;
@@ -21,6 +22,8 @@ class Workspace {
 
     // The next so many of those bytes, aligned to a cache line: ask for padded(a) + padded(b) + ... in all.
     void* take(std::size_t bytes);
+    std::byte* begin() const { return begin_; }
+    std::size_t bytes() const { return bytes_; }  // at least as many as were asked for
     static std::size_t padded(std::size_t bytes);
 
   private:

@@ -6,12 +6,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from chains import layer, with_grad
 from torch import Tensor
 
 pytest.importorskip("ganvas._native")
 
 from ganvas import _native as native
-from ganvas.ops.backends.cpu import winograd
+from ganvas.ops.backends.cpu import arguments, winograd
+from ganvas.ops.chain import conv_bn_leaky_relu_chain
 from ganvas.ops.convolution import Geometry
 from ganvas.ops.pending import Pending
 
@@ -86,3 +88,50 @@ def test_memory_may_be_given_back_while_others_use_theirs():
         for _ in range(60):
             native.release_workspace()
         assert all(all(map(torch.equal, result.result(), expected)) for result in results)
+
+
+def test_maps_that_are_kept_for_backward_come_from_the_same_memory_each_time(monkeypatch):
+    layers = with_grad([layer(16, 40), layer(40, 24, max_pool=True), layer(24, 16)])
+    x = torch.randn(2, 16, 90, 90).contiguous(memory_format=torch.channels_last)
+
+    def step() -> tuple[Tensor, list[Tensor]]:
+        output = conv_bn_leaky_relu_chain(x, layers)
+        return output.detach(), list(torch.autograd.grad(output.square().sum(), [one.weight for one in layers]))
+
+    output, gradients = step()
+    held = native.workspace_bytes_held()
+    monkeypatch.setattr(arguments, "_UNMAPPED_BYTES", 1 << 20)
+    for _ in range(2):
+        again, others = step()
+        assert native.workspace_bytes_held() - held >= 2 * (40 + 24) * 90 * 90 * 4
+        assert all(map(torch.equal, (again, *others), (output, *gradients)))
+    kept = native.workspace_bytes_held()
+    step()
+    assert native.workspace_bytes_held() == kept
+
+
+def test_a_tensors_memory_lives_as_long_as_the_tensor():
+    pixels = arguments.kept_pixels((2, 64, 260, 256), torch.float32)
+    assert pixels.shape == (2, 64, 260, 256)
+    assert pixels.is_contiguous(memory_format=torch.channels_last)
+    view = pixels.fill_(3.0)[1, 5:7]
+    del pixels
+    assert native.workspace_bytes_held() == 0
+    native.release_workspace()
+    arguments.kept_pixels((2, 64, 260, 256), torch.float32).fill_(4.0)
+    assert (view == 3).all()
+    del view
+    assert native.workspace_bytes_held() >= 2 * 2 * 64 * 260 * 256 * 4
+
+
+def test_memory_of_tensors_past_the_limit_drives_out_nothing():
+    convolve(0)
+    held = native.workspace_bytes_held()
+    large = [native.Memory(600 << 20) for _ in range(3)]  # never touched
+    large.clear()
+    assert native.workspace_bytes_held() == held + (600 << 20)
+
+
+def test_memory_of_no_byte_is_none():
+    with pytest.raises(ValueError, match="memory has at least one byte; got 0"):
+        native.Memory(0)

@@ -6,9 +6,10 @@ from ganvas.ops.backends import cpu
 
 
 def release_memory() -> int:
-    """Gives back what the CPU kernels keep for later calls: scratch memory, and weights that were evaluated.
+    """Gives back what the CPU kernels keep for later calls: scratch memory, that of large maps which backward has read,
+    and weights that were evaluated.
 
-    Of the former there is 1 GiB at most, of the latter 256 MiB. Calls that are under way keep what they use. May be
+    Of the first two there is 1 GiB at most, of weights 256 MiB. Calls that are under way keep what they use. May be
     called from any thread.
 
     Returns:
