@@ -54,6 +54,13 @@ class Case(ABC):
     def convolve(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """The convolution in torch's words."""
 
+    def terms(self, squares: Tensor, input: Tensor, weight: Tensor) -> Tensor:
+        """Sums of the squares of what is added up for each output: ``squares``, the convolution of those two.
+
+        Or of more, where errors come from more than an output's own terms.
+        """
+        return squares
+
 
 class Arguments:
     """Random tensors for a case: a pending input, weight and bias, the gradient of the output."""
@@ -183,7 +190,8 @@ def sizes(of: Arguments, exact: dict[str, Tensor]) -> dict[str, Tensor]:
     grad_input, grad_weight = (
         g.sqrt() for g in torch.autograd.grad(squares, (input, weight), of.grad_output.double() ** 2)
     )
-    output = squares.detach().sqrt()
+    squares = of.case.terms(squares.detach(), input.detach(), weight.detach())
+    output = squares.sqrt()
     bias = 0 if of.bias is None else of.bias.double().abs()
     level = of.by_group(output).mean(2) + bias
     first = of.normalised(exact["output"])[:, :, :16].mean(2) - exact["mean"]
@@ -191,7 +199,7 @@ def sizes(of: Arguments, exact: dict[str, Tensor]) -> dict[str, Tensor]:
         "output": output,
         "output beside statistics": output,
         # What is summed are distances from one of the values, while of the others many may be 0.
-        "mean": of.by_group(squares.detach()).mean(2).sqrt() + bias,
+        "mean": of.by_group(squares).mean(2).sqrt() + bias,
         # Where all values are the same, it is of what rounds them apart: a kink may leave nothing but that.
         # Distances are from the first pixels' mean, which may be far from the others where a dilation leaves 0.
         "var": (

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -90,7 +93,7 @@ def test_memory_may_be_given_back_while_others_use_theirs():
         assert all(all(map(torch.equal, result.result(), expected)) for result in results)
 
 
-def test_maps_that_are_kept_for_backward_come_from_the_same_memory_each_time(monkeypatch):
+def test_large_maps_come_from_the_same_memory_each_time(monkeypatch):
     layers = with_grad([layer(16, 40), layer(40, 24, max_pool=True), layer(24, 16)])
     x = torch.randn(2, 16, 90, 90).contiguous(memory_format=torch.channels_last)
 
@@ -110,15 +113,56 @@ def test_maps_that_are_kept_for_backward_come_from_the_same_memory_each_time(mon
     assert native.workspace_bytes_held() == kept
 
 
+def test_large_maps_behave_as_tensors_do(tmp_path):
+    pixels = arguments.empty_pixels((2, 64, 260, 256), torch.float32).fill_(2.0)
+    assert pixels.data_ptr() % 64 == 0
+    assert torch.equal(copy.deepcopy(pixels), pixels)
+    torch.save(pixels[0], tmp_path / "pixels")
+    assert torch.equal(torch.load(tmp_path / "pixels"), pixels[0])
+    with ThreadPoolExecutor(1) as other:
+        shared = other.submit(lambda: pixels.detach().clone()[0].share_memory_()).result()
+    pixels.share_memory_().add_(1)
+    assert pixels.is_shared()
+    assert torch.equal(pixels[1], shared + 1)
+    assert native.workspace_bytes_held() > 0, "what was shared lies elsewhere now"
+
+
+def test_a_large_output_may_be_written_to_in_place():
+    layers = with_grad([layer(16, 64), layer(64, 64, norm=None)])
+    x = torch.randn(2, 16, 260, 256).contiguous(memory_format=torch.channels_last).requires_grad_()
+    output = conv_bn_leaky_relu_chain(x, layers)
+    assert output.numel() * 4 >= arguments._UNMAPPED_BYTES
+    (expected,) = torch.autograd.grad(output.sum(), x)
+    output = conv_bn_leaky_relu_chain(x, layers)
+    output.mul_(2)
+    (gradient,) = torch.autograd.grad(output.sum(), x)
+    torch.testing.assert_close(gradient, 2 * expected)
+
+
+def test_a_process_may_end_with_large_maps_and_their_graph_alive():
+    script = """
+import torch, ganvas
+from torch import nn
+net = ganvas.nn.FusedSequential(nn.Conv2d(16, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU())
+x = torch.randn(4, 16, 200, 200).contiguous(memory_format=torch.channels_last).requires_grad_()
+output = net(x)
+loss = output.square().mean()
+torch.autograd.grad(loss, x, retain_graph=True)
+print("done")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
+
+
 def test_a_tensors_memory_lives_as_long_as_the_tensor():
-    pixels = arguments.kept_pixels((2, 64, 260, 256), torch.float32)
+    pixels = arguments.empty_pixels((2, 64, 260, 256), torch.float32)
     assert pixels.shape == (2, 64, 260, 256)
     assert pixels.is_contiguous(memory_format=torch.channels_last)
     view = pixels.fill_(3.0)[1, 5:7]
     del pixels
     assert native.workspace_bytes_held() == 0
     native.release_workspace()
-    arguments.kept_pixels((2, 64, 260, 256), torch.float32).fill_(4.0)
+    arguments.empty_pixels((2, 64, 260, 256), torch.float32).fill_(4.0)
     assert (view == 3).all()
     del view
     assert native.workspace_bytes_held() >= 2 * 2 * 64 * 260 * 256 * 4

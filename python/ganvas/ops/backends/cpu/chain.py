@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ganvas import _native as native
 from ganvas.ops.backends.arguments import address, float32, pixel_strides
-from ganvas.ops.backends.cpu.arguments import DTYPES, convert, empty, empty_pixels, in_dtypes, kept_pixels
+from ganvas.ops.backends.cpu.arguments import DTYPES, convert, empty, empty_pixels, in_dtypes
 from ganvas.ops.backends.cpu.convolution import chosen_convolution
 from ganvas.ops.backends.cpu.kernels import NativeConvolution
 from ganvas.ops.backends.trial import Direction
@@ -70,9 +70,9 @@ class NativeChain:
         if keep:
             for layer, convolution, written in zip(self._layers, self._convolutions, self._written):
                 last = layer is self._layers[-1]
-                kept.append(None if last and layer.is_bare else kept_pixels(convolution.output_shape, self._dtype))
-                kept.append(None if last or written is None else kept_pixels(written, self._dtype))
-                kept.append(kept_pixels(written, torch.uint8) if layer.max_pool and written is not None else None)
+                kept.append(None if last and layer.is_bare else empty_pixels(convolution.output_shape, self._dtype))
+                kept.append(None if last or written is None else empty_pixels(written, self._dtype))
+                kept.append(empty_pixels(written, torch.uint8) if layer.max_pool and written is not None else None)
         self._forward.forward(
             input.data_ptr(), address(residual), _addresses(parameters), _addresses(running),
             [layer.momentum for layer in self._layers], _addresses(kept), statistics.data_ptr(), output.data_ptr(),
@@ -113,7 +113,7 @@ class NativeChain:
         chain = self._backward[key]
         if chain is None or not self._lie_as_they_did(input, output, parameters, kept):
             return None
-        grad_input = torch.empty_like(input) if wants_input else None
+        grad_input = empty_pixels(input.shape, self._dtype) if wants_input else None
         grad_residual = written = None
         if has_residual and not residual_is_input:
             adding = residual_layer(self._adds)

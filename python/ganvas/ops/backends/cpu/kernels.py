@@ -96,7 +96,7 @@ class NativeConvolution:
     def backward_input(self, grad_output: Tensor, weight: Tensor, input: Pending) -> tuple[Tensor, Tensor]:
         """g = dL/d(scale*x + shift) of the pending input, and Σg and Σg·(x − mean), (2, G, Cin)."""
         weight, stored, groups = weight.float(), input.stored, input.groups
-        grad_input = torch.empty_like(stored)
+        grad_input = empty_pixels(stored.shape, stored.dtype)
         sums = empty(2, groups, stored.shape[1])
         self.native.backward_input(
             groups, grad_output.data_ptr(), weight.data_ptr(), self.strides(weight), stored.data_ptr(),
