@@ -13,6 +13,7 @@ namespace {
 constexpr std::size_t line = 64;
 constexpr std::size_t page = std::size_t{2} << 20;
 constexpr std::size_t held_limit = std::size_t{1} << 30;
+constexpr std::size_t tensors_limit = held_limit / 4 * 3;  // so that theirs leaves room for scratch
 
 struct Block {
     std::byte* begin;
@@ -61,13 +62,12 @@ Workspace::Workspace(std::size_t bytes, int thread) : bytes_(0), thread_(thread)
 // Past the limit the pool starts afresh, but for tensors: what lies idle is of sizes that are no longer asked for.
 Workspace::~Workspace() {
     if (!begin_) return;
-    if (workspace_bytes_held() + bytes_ > held_limit) {
-        if (thread_ == tensor) {
-            ::operator delete(begin_, std::align_val_t{page});
-            return;
-        }
-        release_workspace();
+    const std::size_t held = workspace_bytes_held() + bytes_;
+    if (thread_ == tensor && held > tensors_limit) {
+        ::operator delete(begin_, std::align_val_t{page});
+        return;
     }
+    if (held > held_limit) release_workspace();
     Pool& p = pool();
     const std::lock_guard lock(p.mutex);
     p.free.push_back({begin_, bytes_, thread_});
