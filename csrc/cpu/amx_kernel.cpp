@@ -203,12 +203,9 @@ struct Meeting {
                                   (y.lead + y.shift(phase_y, ty)) * x.pitch + x.lead + x.shift(phase_x, tx),
                                   ty * kernel_row + tx * kernel_column};
                 });
-                const Index groups = ceiling(met, together), again = groups * together - met;
-                for (Index i = groups * together - 1; again > 0 && i >= (groups - 1) * together; --i) {
-                    const bool own = i >= (groups - 1) * together + again;
-                    row[i] = row[i - again];
-                    if (!own) row[i].offset = Tap::none;
-                }
+                const Index groups = ceiling(met, together), end = groups * together, again = end - met;
+                for (Index i = end - 1; again > 0 && i >= end - together; --i) row[i] = row[i - again];
+                for (Index i = 0; i < again; ++i) row[end - together + i].offset = Tap::none;
                 count += groups;
             }
         return count;

@@ -21,12 +21,7 @@ std::int64_t rows_of(const ConvolutionShape& s) {
 }
 
 std::int64_t stored_bytes(const ChainLayer& layer) {
-    return rows_of(layer.shape()) * layer.shape().out_channels * element_bytes(layer.shape().dtype);
-}
-
-std::int64_t input_bytes(const ChainLayer& layer) {
-    const ConvolutionShape& s = layer.shape();
-    return s.batch * s.height * s.width * s.in_channels * element_bytes(s.dtype);
+    return output_bytes(layer.shape());
 }
 
 std::int64_t pooled_pixels(const ChainLayer& layer) {
@@ -294,16 +289,16 @@ void Chain::forward(const ChainForward& call, int threads) const {
             if (activates) args.activation = stage.pending(residual);
             args.adds_last = layer.adds_last;
         }
-        PixelMemory::Block pooled{};
+        PixelMemory::Block written{};  // what the next layer reads, where that is not pending
         if (layer.max_pool) {
-            pooled = place(last ? call.output : tensors.written, output_bytes(layer));
-            const std::int64_t batch = args.shape.batch, read = input_bytes(layer) / batch;
+            written = place(last ? call.output : tensors.written, output_bytes(layer));
+            const std::int64_t batch = args.shape.batch, read = input_bytes(layer.shape()) / batch;
             const std::int64_t images = args.evaluates && groups_ == 1 ? images_at_a_time(layer, threads) : batch;
-            MaxPoolForward pool{stage.pool_shape(), stage.pending(output), pooled.begin, tensors.winners};
+            MaxPoolForward pool{stage.pool_shape(), stage.pending(output), written.begin, tensors.winners};
             for (std::int64_t first = 0; first < batch; first += images) {
                 args.shape.batch = pool.shape.batch = std::min(images, batch - first);
                 args.input.stored = static_cast<const char*>(before.stored) + first * read;
-                pool.output = static_cast<char*>(pooled.begin) + first * (output_bytes(layer) / batch);
+                pool.output = static_cast<char*>(written.begin) + first * (output_bytes(layer) / batch);
                 layer.forward->forward(args, threads);
                 max_pool_forward(pool, threads);
             }
@@ -312,16 +307,14 @@ void Chain::forward(const ChainForward& call, int threads) const {
         }
         if (adder_[i] < 0) memory.give(inputs[i]);
         before = activates ? PendingActivation{output, nullptr, nullptr, 1.0f, false} : stage.pending(output);
-        if (layer.max_pool) {
-            before = {pooled.begin, nullptr, nullptr, 1.0f, false};
-            memory.give(result);
-            result = pooled;
-        } else if ((last || writes(i)) && !is_output && !activates) {
-            const PixelMemory::Block written = place(last ? call.output : tensors.written, output_bytes(layer));
+        if (!layer.max_pool && (last || writes(i)) && !is_output && !activates) {
+            written = place(last ? call.output : tensors.written, output_bytes(layer));
             batch_norm_leaky_relu_forward(
                 {stage.norm_shape(), output, tensors.bn_weight, tensors.bn_bias, false, stage.mean, stage.var, nullptr,
                  nullptr, 0.0f, residual, layer.adds_last, written.begin},
                 threads);
+        }
+        if (written.begin) {
             before = {written.begin, nullptr, nullptr, 1.0f, false};
             memory.give(result);
             result = written;

@@ -82,14 +82,6 @@ void require_geometry(ConvolutionKind kind, const ConvolutionShape& s) {
                 s.height, "×", s.width);
 }
 
-std::int64_t input_bytes(const ConvolutionShape& s) {
-    return s.batch * s.height * s.width * s.in_channels * element_bytes(s.dtype);
-}
-
-std::int64_t output_bytes(const ConvolutionShape& s) {
-    return s.batch * s.out_height * s.out_width * s.out_channels * element_bytes(s.dtype);
-}
-
 // Arithmetic outweighs memory here: each byte is worth as many threads as about in_channels + out_channels would be.
 int team(const ConvolutionShape& s, int threads) {
     const std::int64_t taps = std::max<std::int64_t>(9, s.rows.size * s.columns.size);
@@ -183,6 +175,14 @@ void run_folded(ConvolutionKind kind, Args args, int threads) {
 }
 
 }  // namespace
+
+std::int64_t input_bytes(const ConvolutionShape& s) {
+    return s.batch * s.height * s.width * s.in_channels * element_bytes(s.dtype);
+}
+
+std::int64_t output_bytes(const ConvolutionShape& s) {
+    return s.batch * s.out_height * s.out_width * s.out_channels * element_bytes(s.dtype);
+}
 
 Convolution::Convolution(ConvolutionKind kind, const ConvolutionShape& s) : kind(kind), shape(s) {
     require(s.batch >= 1 && s.in_channels >= 1 && s.out_channels >= 1,

@@ -47,6 +47,10 @@ struct Convolution {
     void backward_weight(ConvolutionBackwardWeight args, int threads) const;
 };
 
+// Of the pixels that are read, and of those that come out.
+std::int64_t input_bytes(const ConvolutionShape& shape);
+std::int64_t output_bytes(const ConvolutionShape& shape);
+
 // M w Mᵀ of every pair of channels, or back.
 struct FoldedWeight {
     const float (*rows)[3];                  // M: [4][3]

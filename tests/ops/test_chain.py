@@ -208,9 +208,8 @@ def test_many_images_that_are_pooled_in_turn_equal_each_alone(threads, dtype, co
     torch.manual_seed(0)
     layers = [layer(16, 64, norm=None, bias=True, max_pool=True), layer(64, 24, norm=False, max_pool=True)]
     layers = [replace(one, weight=one.weight.to(dtype)) for one in layers]
-    x = image(43, 16, 36, 41, dtype=dtype).contiguous(
-        memory_format=torch.channels_last
-    )  # of which the first layer stores 8 MiB or more
+    # The first layer stores 8 MiB of it or more.
+    x = image(43, 16, 36, 41, dtype=dtype).contiguous(memory_format=torch.channels_last)
     with torch.inference_mode():
         together = conv_bn_leaky_relu_chain(x, layers)
         alone = [conv_bn_leaky_relu_chain(one, layers) for one in x.split(1)]

@@ -6,7 +6,7 @@ from ganvas.ops.backends import cpu
 
 
 def release_memory() -> int:
-    """Gives back what the CPU kernels keep for later calls: scratch memory, that of large maps which backward has read,
+    """Gives back what the CPU kernels keep for later calls: scratch memory, that of large maps which nobody holds,
     and weights that were evaluated.
 
     Of the first two there is 1 GiB at most, of weights 256 MiB. Calls that are under way keep what they use. May be

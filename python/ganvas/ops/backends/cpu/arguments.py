@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -79,7 +78,8 @@ def empty_pixels(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     Large maps lie in ganvas' own memory, whose pages stay. The C library gives theirs back to the system when they are
     freed, and new ones cost as much as a pass over them.
     """
-    strides, count = pixel_strides(shape), math.prod(shape)
+    strides = pixel_strides(shape)
+    count = shape[0] * strides[0]
     if count * dtype.itemsize < _UNMAPPED_BYTES:
         return torch.empty_strided(shape, strides, dtype=dtype, device="cpu")
     memory = torch.frombuffer(native.Memory(count * dtype.itemsize), dtype=dtype, count=count)
