@@ -51,9 +51,10 @@ def main() -> None:
     parser.add_argument("--target", type=float, help="stop at this share of the test images")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--candidate", choices=[*CANDIDATES, "both"], default="both")
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="both sides in bfloat16, or neither")
     arguments = parser.parse_args()
     candidates = CANDIDATES if arguments.candidate == "both" else (arguments.candidate,)
-    given = {"root": arguments.root, "threads": arguments.threads}
+    given = {"root": arguments.root, "threads": arguments.threads, "bf16": arguments.bf16}
     if arguments.epochs is not None:
         given["epochs"] = arguments.epochs
     if arguments.target is not None:

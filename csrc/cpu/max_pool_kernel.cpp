@@ -39,7 +39,37 @@ inline Index stored_row(const MaxPoolShape& s, Index row) {
     return (row / pooled_height * s.height + row % pooled_height * 2) * s.width * s.channels;
 }
 
-template <bool activation_first, bool keeps, class T>
+// The largest activation of four stored values, and which it is of: the first of equals, a NaN before all.
+template <bool activation_first>
+inline Vector largest_activation(const Vector (&four)[4], Vector scale, Vector shift, Leaky leaky, VectorBits& index) {
+    Vector best{};
+    for (unsigned k = 0; k < 4; ++k) {
+        const Vector value = pending_activation<activation_first>(four[k], scale, shift, leaky);
+        const auto better = (value > best) | (value != value);
+        best = k == 0 ? value : better ? value : best;
+        index = k == 0 ? VectorBits{} : better ? VectorBits{} + k : index;
+    }
+    return best;
+}
+
+// The same of an activation that rises with what is stored or, where the scale is negative, falls: that of the largest
+// stored value, or of the smallest.
+template <bool activation_first>
+inline Vector largest_activation(const Vector (&four)[4], Vector scale, Vector shift, Leaky leaky) {
+    Vector largest = four[0], smallest = four[0];
+    for (unsigned k = 1; k < 4; ++k) {
+        largest = four[k] > largest ? four[k] : largest;
+        smallest = four[k] < smallest ? four[k] : smallest;
+    }
+    // A NaN may be in no place, or come of an infinity.
+    if (has_nan(scale * ((four[0] + four[1]) + (four[2] + four[3])))) {
+        VectorBits index;
+        return largest_activation<activation_first>(four, scale, shift, leaky, index);
+    }
+    return pending_activation<activation_first>(scale < 0.0f ? smallest : largest, scale, shift, leaky);
+}
+
+template <bool activation_first, bool by_ends, class T>
 void forward_row(const MaxPoolForward& args, Index row) {
     const MaxPoolShape& s = args.shape;
     const Index pooled_width = s.width / 2, channels = s.channels;
@@ -48,33 +78,35 @@ void forward_row(const MaxPoolForward& args, Index row) {
     const Leaky leaky(args.input.negative_slope);
     const T* stored = static_cast<const T*>(args.input.stored) + stored_row(s, row);
     T* output = static_cast<T*>(args.output) + row * pooled_width * channels;
-    std::uint8_t* const indices = keeps ? args.index + row * pooled_width * channels : nullptr;
+    std::uint8_t* const indices = args.index ? args.index + row * pooled_width * channels : nullptr;
     for (Index x = 0; x < pooled_width; ++x)
         for (Index c = 0; c < channels; c += lanes) {
             const Index count = channels - c;
             const Vector scale = load_lanes(args.input.scale + group * channels + c, count);
             const Vector shift = load_lanes(args.input.shift + group * channels + c, count);
-            Vector best{};
-            VectorBits index{};
-            for (unsigned k = 0; k < 4; ++k) {
-                const T* from = stored + 2 * x * channels + c + window.offset[k];
-                const Vector value = pending_activation<activation_first>(load_lanes(from, count), scale, shift, leaky);
-                const auto better = (value > best) | (value != value);
-                best = k == 0 ? value : better ? value : best;
-                if (keeps) index = k == 0 ? VectorBits{} : better ? VectorBits{} + k : index;
+            Vector four[4];
+            for (unsigned k = 0; k < 4; ++k)
+                four[k] = load_lanes(stored + 2 * x * channels + c + window.offset[k], count);
+            Vector best;
+            if constexpr (by_ends) {
+                best = largest_activation<activation_first>(four, scale, shift, leaky);
+            } else {
+                VectorBits index;
+                best = largest_activation<activation_first>(four, scale, shift, leaky, index);
+                if (indices) store_index(indices + x * channels + c, index, count);
             }
             store_lanes(output + x * channels + c, best, count);
-            if (keeps) store_index(indices + x * channels + c, index, count);
         }
 }
 
 template <bool activation_first, class T>
 void forward(const MaxPoolForward& args, int threads) {
     const Index rows = args.shape.batch * (args.shape.height / 2);
+    const bool by_ends = !args.index && args.input.negative_slope >= 0.0f;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (Index row = 0; row < rows; ++row)
-        args.index ? forward_row<activation_first, true, T>(args, row)
-                   : forward_row<activation_first, false, T>(args, row);
+        by_ends ? forward_row<activation_first, true, T>(args, row)
+                : forward_row<activation_first, false, T>(args, row);
 }
 
 // Adds up Σg and Σg·(x − mean) of pooled rows [begin, end) of a group.

@@ -224,6 +224,20 @@ inline void store_lanes(bfloat16* destination, Vector value, Index count) {
     }
 }
 
+inline bool has_nan(Vector values) {
+#if defined(__AVX512F__)
+    const auto own = reinterpret_cast<__m512>(values);
+    return _mm512_cmp_ps_mask(own, own, _CMP_UNORD_Q) != 0;
+#elif defined(__AVX__)
+    const auto own = reinterpret_cast<__m256>(values);
+    return _mm256_movemask_ps(_mm256_cmp_ps(own, own, _CMP_UNORD_Q)) != 0;
+#else
+    bool found = false;
+    for (int lane = 0; lane < lanes; ++lane) found |= values[lane] != values[lane];
+    return found;
+#endif
+}
+
 inline Vector leaky_relu(Vector x, Leaky leaky) {
     const Vector bounded = x < leaky.lowest ? broadcast(leaky.lowest) : x;
     return x > 0.0f ? x : bounded * leaky.slope;

@@ -69,6 +69,7 @@ def test_losses_and_weights_agree_with_a_plain_torch_loop(tmp_path):
     run_gan(
         tmp_path / "run",
         networks=(generator, discriminator),
+        bf16=False,
         log_every=1,
         discriminator_steps=1,
         r1_gamma=0.0,

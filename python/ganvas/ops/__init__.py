@@ -11,6 +11,7 @@ from ganvas.ops.conv_bn_leaky_relu import conv_bn_leaky_relu
 from ganvas.ops.gan_loss import DiscriminatorMetrics, discriminator_loss, generator_loss
 from ganvas.ops.linear import linear
 from ganvas.ops.memory import release_memory
+from ganvas.ops.precision import prefers_bfloat16
 from ganvas.ops.selection import available_backends, explain
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "explain",
     "generator_loss",
     "linear",
+    "prefers_bfloat16",
     "release_memory",
     "tuning",
 ]

@@ -43,7 +43,7 @@ class RunConfig:
     glibc; --no-keep-memory where other programs need it)."""
     bf16: bool | None = None
     """bfloat16 autocast (parameters, optimiser state and statistics stay float32); if not given, on for GPUs that have
-    bfloat16 and off on the CPU, and as it was when a run is resumed."""
+    bfloat16 and for CPUs with AMX, off for others, and as it was when a run is resumed."""
     cuda_graph: bool = True
     """On a GPU, record a training step as a CUDA graph and replay it: the same numbers without the time that starting
     each kernel takes. A step that can't be recorded runs as it is, and the reason is said. A network of your own whose

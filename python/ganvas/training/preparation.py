@@ -163,16 +163,8 @@ def prepare(
     # The data's own size becomes the config's, so that config.json says what was used.
     config = dataclasses.replace(config, size=train.size)
     if config.bf16 is None:
-        config = dataclasses.replace(config, bf16=_stored_bf16(folder) if resume else has_bfloat16(device))
+        config = dataclasses.replace(config, bf16=_stored_bf16(folder) if resume else ops.prefers_bfloat16(device))
     return Job(config, folder, train, test, device, float_range, resume)
-
-
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether ``device`` is a GPU that multiplies in bfloat16, which is then as good a default as it is fast."""
-    if device.type != "cuda":
-        return False
-    with torch.cuda.device(device):
-        return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def _stored_bf16(folder: RunFolder) -> bool:
