@@ -22,6 +22,7 @@
 #include "cpu/matrix_product.h"
 #include "cpu/max_pool.h"
 #include "cpu/pending_gradient.h"
+#include "cpu/transposition.h"
 #include "cpu/workspace.h"
 #include "require.h"
 #if GANVAS_WITH_CUDA
@@ -515,6 +516,16 @@ void convert_(const Addresses& sources, const Addresses& destinations, const std
     convert(conversions, to, threads);
 }
 
+void transpose_(Dtype dtype, std::int64_t matrices, std::int64_t rows, std::int64_t columns, Address from, Address to,
+                int threads) {
+    require_cpu_dtype(dtype);
+    require(matrices >= 1 && rows >= 1 && columns >= 1, "sizes must be positive; got ", matrices, " of ", rows, "x",
+            columns);
+    require_address("from", from, element_size(dtype));
+    require_address("to", to, element_size(dtype));
+    transpose({dtype, matrices, rows, columns, pointer<void>(from), pointer<void>(to)}, threads);
+}
+
 void require_max_pool_sizes(const Strides& input_shape, std::int64_t groups) {
     const auto [batch, channels, height, width] = input_shape;
     require(batch >= 1 && channels >= 1 && height >= 2 && width >= 2, "a map of at least 2×2 is pooled; got ", height,
@@ -914,6 +925,7 @@ PYBIND11_MODULE(_native, module, py::mod_gil_not_used()) {
     module.def("max_pool_backward", max_pool_backward_, without_gil);
     module.def("matrix_product", matrix_product_, without_gil);
     module.def("settle_pending_gradient", settle_pending_gradient_, without_gil);
+    module.def("transpose", transpose_, without_gil, "each matrix (rows, columns) to (columns, rows)");
     module.def("discriminator_loss", discriminator_loss_, without_gil);
     module.def("generator_loss", generator_loss_, without_gil);
     py::class_<Workspace>(module, "Memory", py::buffer_protocol(),

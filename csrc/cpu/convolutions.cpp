@@ -131,6 +131,29 @@ Family family_of(const Form& form, const ConvolutionShape& s) {
     return s.integers && has_planes && has_bfloat16_tiles() ? Family::amx : form.family;
 }
 
+constexpr std::int64_t neighbours_most = 32;
+
+// Where the kernel is as large as the map, or makes a map of one pixel, images are as well stretches of a row, along
+// which it goes in steps of its own length. Pixels of some images are then neighbours, which are multiplied together.
+ConvolutionShape in_rows(ConvolutionShape s, const ConvolutionWeight& weight) {
+    const auto covers = [](const KernelAxis& kernel, std::int64_t length) {
+        return kernel.size == length && kernel.padding == 0 && kernel.dilation == 1 && kernel.output_padding == 0;
+    };
+    const std::int64_t height = s.transposed ? s.out_height : s.height, width = s.transposed ? s.out_width : s.width;
+    if (!covers(s.rows, height) || !covers(s.columns, width)) return s;
+    if (height > 1 && weight.row != width * weight.column) return s;
+    std::int64_t neighbours = std::min(neighbours_most, s.batch / s.groups);
+    while (s.batch / s.groups % neighbours != 0) --neighbours;
+    const std::int64_t pixels = height * width;
+    s.batch /= neighbours;
+    s.height = s.out_height = 1;
+    s.width = s.transposed ? neighbours : neighbours * pixels;
+    s.out_width = s.transposed ? neighbours * pixels : neighbours;
+    s.rows = {1, 1, 0, 1, 0};
+    s.columns = {pixels, pixels, 0, 1, 0};
+    return s;
+}
+
 void fold_weight(const FoldedWeight& args, int threads) {
     GANVAS_DISPATCH(fold_weight(args, threads))
 }
@@ -166,6 +189,7 @@ template <class Args>
 void run_folded(ConvolutionKind kind, Args args, int threads) {
     const Form form = form_of(kind);
     args.shape.padding += form.begins_early;
+    if (form.family == Family::direct) args.shape = in_rows(args.shape, args.weight);
     const Family family = family_of(form, args.shape);
     if (!form.rows) return run(family, args, threads);
     const Folded folded(args.shape, form.rows, args.weight);
@@ -226,6 +250,7 @@ void Convolution::backward_weight(ConvolutionBackwardWeight args, int threads) c
     const Form form = form_of(kind);
     threads = team(shape, threads);
     args.shape.padding += form.begins_early;
+    if (form.family == Family::direct) args.shape = in_rows(args.shape, args.layout);
     const Family family = family_of(form, args.shape);
     if (!form.rows) return run(family, args, threads);
     const Folded folded(shape, form.rows, args.layout);

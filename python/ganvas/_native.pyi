@@ -360,6 +360,7 @@ def matrix_product(
     threads: int,
     /,
 ) -> None: ...
+def transpose(dtype: Dtype, matrices: int, rows: int, columns: int, begin: int, to: int, threads: int, /) -> None: ...
 def settle_pending_gradient(
     dtype: Dtype,
     rows: int,

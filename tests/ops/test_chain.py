@@ -218,6 +218,28 @@ def test_many_images_that_are_pooled_in_turn_equal_each_alone(threads, dtype, co
         torch.testing.assert_close(got, expected, rtol=2e-2 if dtype is torch.bfloat16 else 1e-4, atol=1e-2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activation_first", [False, True])
+@pytest.mark.parametrize("slope", [0.0, 0.3, 1.0, 1.5, -0.5])
+def test_pooled_in_evaluation_is_what_is_pooled_in_training(slope, activation_first, dtype):
+    """There it is the largest of four activations; here the activation of the largest or the smallest stored value."""
+    torch.manual_seed(0)
+    one = layer(16, 40, norm=False, activation_first=activation_first, slope=slope, max_pool=True)
+    assert one.bn_weight is not None
+    one.bn_weight[::3] *= -1
+    one.bn_weight[:2] = 0.0
+    one = replace(one, weight=one.weight.to(dtype))
+    x = image(3, 16, 12, 10, dtype=dtype)
+    for at, odd in ((0, float("inf")), (1, float("-inf")), (2, float("nan"))):
+        x[at, :, 5, 5] = odd
+    kept = conv_bn_leaky_relu_chain(x, with_grad([one])).detach()
+    with torch.inference_mode():
+        found = conv_bn_leaky_relu_chain(x, [one])
+    assert kept.isnan().any()
+    assert kept.isfinite().any()
+    torch.testing.assert_close(found, kept, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("slope", [0.2, 1.0])
 def test_gradients_of_second_order_of_a_residual_block_equal_plain_torchs(slope):
     torch.manual_seed(0)

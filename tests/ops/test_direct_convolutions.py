@@ -163,6 +163,24 @@ AWKWARD = {
         geometry=Geometry(transposed=True),
     ),
     "a map becomes a number": Case(in_channels=40, out_channels=1, height=4, width=4, images=5, kernel=(4, 4)),
+    "maps become pixels": Case(
+        in_channels=34, out_channels=40, height=3, width=5, images=24, groups=2, kernel=(3, 5), pending="kink_affine"
+    ),
+    "maps become pixels, channels last": Case(
+        in_channels=18, out_channels=33, height=4, width=2, images=33, kernel=(4, 2), weight_format=torch.channels_last
+    ),
+    "pixels become maps": Case(
+        in_channels=37,
+        out_channels=19,
+        height=1,
+        width=1,
+        images=44,
+        groups=2,
+        kernel=(3, 2),
+        statistics_of_activation=True,
+        geometry=Geometry(stride=(2, 1), transposed=True),
+    ),
+    "dense layers": Case(in_channels=65, out_channels=50, height=1, width=1, images=96, groups=2),
     "a window larger than the cache": Case(
         in_channels=520, out_channels=70, images=1, height=6, width=5, groups=2, **SAME_3X3
     ),

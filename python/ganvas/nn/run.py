@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from ganvas.ops import checks
 from ganvas.ops.batch_norm_leaky_relu import batch_norm_leaky_relu
 from ganvas.ops.convolution import breaks_in_channels_last
+from ganvas.ops.layout import flatten
 from ganvas.ops.linear import linear
 from ganvas.ops.selection import could_choose_kernel
 
@@ -105,9 +108,20 @@ def call(module: nn.Module, input: Tensor, statistics_groups: int) -> Tensor:
         input = input.contiguous()
     if statistics_groups > 1 and isinstance(module, _BatchNorm) and uses_batch_statistics(module):
         return torch.cat([module(group) for group in _split(input, statistics_groups)])
-    if type(module) is nn.Linear and why_not_plain(module) is None and not _has_any_global_hook():
-        return linear(input, module.weight, module.bias)
+    if type(module) in _OPERATIONS and why_not_plain(module) is None and not _has_any_global_hook():
+        return _OPERATIONS[type(module)](module, input)
     return module(input)
+
+
+def _flatten(module: nn.Flatten, input: Tensor) -> Tensor:
+    return flatten(input) if module.start_dim == 1 and module.end_dim == -1 else module(input)
+
+
+# What has an operation of its own here.
+_OPERATIONS: dict[type, Callable[[Any, Tensor], Tensor]] = {
+    nn.Linear: lambda module, input: linear(input, module.weight, module.bias),
+    nn.Flatten: _flatten,
+}
 
 
 def breaks_on_channels_last(module: nn.Module) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ganvas.ops import chain_operators, checks, tuning
+from ganvas.ops import chain_operators, layout, tuning
 from ganvas.ops.backends.arguments import to_dtype
 from ganvas.ops.backends.cpu.precision import rounds_float32
 from ganvas.ops.backends.trial import Direction
@@ -161,8 +161,8 @@ class Chain:
     def run_natively(self, native: Any, input: Tensor, residual: Tensor | None, *, keep: bool) -> Any:
         """``native.forward``; torch is told of what it moves."""
         if residual is not None:
-            residual = checks.channels_last(residual)
-        result = native.forward(checks.channels_last(input), residual, self._parameters, self._moving, keep)
+            residual = layout.channels_last(residual)
+        result = native.forward(layout.channels_last(input), residual, self._parameters, self._moving, keep)
         torch.autograd.graph.increment_version(self._moved)
         return result
 
@@ -269,7 +269,7 @@ class _ChainFunction(torch.autograd.Function):
         elif native is not None:
             kept, statistics = kept[: native.kept_count], kept[native.kept_count]
             grads = native.backward(
-                checks.channels_last(grad_output), checks.channels_last(input), result, tensors, kept, statistics,
+                layout.channels_last(grad_output), layout.channels_last(input), result, tensors, kept, statistics,
                 residual is not None, ctx.residual_is_input, wants_input, wanted,
                 overwrite_kept=ctx.only_graph_keeps and not _graph_is_retained(),
             )  # fmt: skip
@@ -281,7 +281,8 @@ class _ChainFunction(torch.autograd.Function):
             grads = run_backward(
                 grad_output, input, result, stages, layers, tensors, residual is not None, wants_input, wanted, ctx.adds
             )
-        return grads.input, grads.residual, None, None, None, *grads.tensors
+        of_input = None if grads.input is None else layout.laid_out(grads.input, input)
+        return of_input, grads.residual, None, None, None, *grads.tensors
 
 
 def _graph_is_retained() -> bool:

@@ -30,6 +30,12 @@ def pixel_strides(shape: tuple[int, ...]) -> tuple[int, int, int, int]:
     return height * width * channels, 1, width * channels, channels
 
 
+def plane_strides(shape: tuple[int, ...]) -> tuple[int, int, int, int]:
+    """Of (N, C, H, W), contiguous."""
+    _, channels, height, width = shape
+    return channels * height * width, height * width, width, 1
+
+
 def address(tensor: Tensor | None) -> int:
     """Where ``tensor`` begins; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()

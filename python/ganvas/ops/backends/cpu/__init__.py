@@ -29,6 +29,7 @@ else:
         settle,
         stays_pending,
     )
+    from ganvas.ops.backends.cpu.transposition import to_channels_last, to_contiguous
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -66,4 +67,6 @@ __all__ = [
     "native_convolution",
     "settle",
     "stays_pending",
+    "to_channels_last",
+    "to_contiguous",
 ]

@@ -73,12 +73,16 @@ def halves(sums: Tensor) -> tuple[int, int]:
 
 
 def empty_pixels(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """The same for (N, C, H, W), channels_last. By its strides it takes a third of the time that it takes by format.
+    """The same for (N, C, H, W), channels_last. By its strides it takes a third of the time that it takes by format."""
+    return empty_maps(shape, pixel_strides(shape), dtype)
 
-    Large maps lie in ganvas' own memory, whose pages stay. The C library gives theirs back to the system when they are
+
+def empty_maps(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Uninitialised maps, of which the first axis is the outermost.
+
+    Large ones lie in ganvas' own memory, whose pages stay. The C library gives theirs back to the system when they are
     freed, and new ones cost as much as a pass over them.
     """
-    strides = pixel_strides(shape)
     count = shape[0] * strides[0]
     if count * dtype.itemsize < _UNMAPPED_BYTES:
         return torch.empty_strided(shape, strides, dtype=dtype, device="cpu")
