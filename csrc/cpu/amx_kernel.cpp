@@ -168,7 +168,7 @@ struct Meeting {
     Index rows(Index part_images, Index part_rows) const {
         return (part_images - 1) * y.pitch + part_rows + y.lead + y.reach;
     }
-    Index places(Index rows) const { return rows * x.pitch + x.lead + x.reach + chunk; }
+    Index places(Index rows) const { return rows * x.pitch + x.lead + x.reach + block; }
     Index most_places() const { return places(rows(part_images, part_rows)); }
     // Places of a phase, from its first pixel to its last.
     Index length(Index part, Index phase_y, Index phase_x) const {

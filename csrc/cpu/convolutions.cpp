@@ -131,7 +131,7 @@ Family family_of(const Form& form, const ConvolutionShape& s) {
     return s.integers && has_planes && has_bfloat16_tiles() ? Family::amx : form.family;
 }
 
-constexpr std::int64_t neighbours_most = 32;
+constexpr std::int64_t neighbours_most = 32, neighbour_bytes = 2 << 20;
 
 // Where the kernel is as large as the map, or makes a map of one pixel, images are as well stretches of a row, along
 // which it goes in steps of its own length. Pixels of some images are then neighbours, which are multiplied together.
@@ -142,9 +142,11 @@ ConvolutionShape in_rows(ConvolutionShape s, const ConvolutionWeight& weight) {
     const std::int64_t height = s.transposed ? s.out_height : s.height, width = s.transposed ? s.out_width : s.width;
     if (!covers(s.rows, height) || !covers(s.columns, width)) return s;
     if (height > 1 && weight.row != width * weight.column) return s;
-    std::int64_t neighbours = std::min(neighbours_most, s.batch / s.groups);
-    while (s.batch / s.groups % neighbours != 0) --neighbours;
-    const std::int64_t pixels = height * width;
+    const std::int64_t pixels = height * width, images = s.batch / s.groups;
+    const std::int64_t bytes = pixels * std::max(s.in_channels, s.out_channels) * element_bytes(s.dtype);
+    std::int64_t neighbours = std::clamp<std::int64_t>(neighbour_bytes / bytes, 1, std::min(neighbours_most, images));
+    while (images % neighbours != 0) --neighbours;
+    if (neighbours == 1) return s;
     s.batch /= neighbours;
     s.height = s.out_height = 1;
     s.width = s.transposed ? neighbours : neighbours * pixels;
