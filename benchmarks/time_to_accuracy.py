@@ -7,7 +7,8 @@ Each run is a process of its own, in turns, with its own seed; its time is from 
 loading and decoding the data, training, measurement, run folder. Same loop, same first weights, same batches for both:
 only the layers differ (`ganvas.revert` makes the network plain torch). What happens only once, the files' first reading
 and the kernels' first calls on these shapes, is left to a run of a few steps whose time is printed apart. With --target
-a run is measured after every epoch and stops once the target is reached.
+a run is measured after every epoch and stops once the target is reached. Without --bf16 or --no-bf16 both sides take
+what suits the processor.
 """
 
 from __future__ import annotations
