@@ -107,7 +107,7 @@ def test_no_kernel_without_backends(copies, monkeypatch):
     assert copies == []
 
 
-def test_graphs_and_function_transforms_see_torchs(copies):
+def test_in_a_graph_and_under_function_transforms_it_is_torchs(copies):
     compiled = torch.compile(layout.flatten, backend="eager", fullgraph=True)
     assert torch.equal(compiled(maps()), maps().flatten(1))
     assert torch.equal(torch.func.vmap(layout.flatten)(maps()[None])[0], maps().flatten(1))
