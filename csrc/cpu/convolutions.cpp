@@ -156,6 +156,12 @@ ConvolutionShape in_rows(ConvolutionShape s, const ConvolutionWeight& weight) {
     return s;
 }
 
+// The shape that the form's family computes.
+ConvolutionShape computed_shape(const Form& form, ConvolutionShape s, const ConvolutionWeight& weight) {
+    s.padding += form.begins_early;
+    return form.family == Family::direct ? in_rows(s, weight) : s;
+}
+
 void fold_weight(const FoldedWeight& args, int threads) {
     GANVAS_DISPATCH(fold_weight(args, threads))
 }
@@ -190,8 +196,7 @@ class Folded {
 template <class Args>
 void run_folded(ConvolutionKind kind, Args args, int threads) {
     const Form form = form_of(kind);
-    args.shape.padding += form.begins_early;
-    if (form.family == Family::direct) args.shape = in_rows(args.shape, args.weight);
+    args.shape = computed_shape(form, args.shape, args.weight);
     const Family family = family_of(form, args.shape);
     if (!form.rows) return run(family, args, threads);
     const Folded folded(args.shape, form.rows, args.weight);
@@ -251,8 +256,7 @@ void Convolution::backward_input(ConvolutionBackwardInput args, int threads) con
 void Convolution::backward_weight(ConvolutionBackwardWeight args, int threads) const {
     const Form form = form_of(kind);
     threads = team(shape, threads);
-    args.shape.padding += form.begins_early;
-    if (form.family == Family::direct) args.shape = in_rows(args.shape, args.layout);
+    args.shape = computed_shape(form, args.shape, args.layout);
     const Family family = family_of(form, args.shape);
     if (!form.rows) return run(family, args, threads);
     const Folded folded(shape, form.rows, args.layout);

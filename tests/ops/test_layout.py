@@ -119,8 +119,7 @@ def test_in_a_graph_and_under_function_transforms_it_is_torchs(copies):
 def test_a_dense_layer_after_convolutions_and_before_them_copies_natively(copies):
     network = FusedSequential(
         nn.Linear(8, 32 * 36), nn.Unflatten(1, (32, 6, 6)), nn.Conv2d(32, 64, 3, padding=1, bias=False),
-        nn.BatchNorm2d(64),
-        nn.ReLU(), nn.Flatten(), nn.Linear(64 * 36, 4),
+        nn.BatchNorm2d(64), nn.ReLU(), nn.Flatten(), nn.Linear(64 * 36, 4),
     )  # fmt: skip
     x = torch.randn(64, 8, requires_grad=True)
     network(x).square().sum().backward()

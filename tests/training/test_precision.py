@@ -25,6 +25,7 @@ def stored(folder):
 
 @pytest.mark.parametrize("tiles", [False, True])
 def test_cpu_with_tiles_of_bfloat16_prefers_it_and_no_other_does(monkeypatch, tiles):
+    pytest.importorskip("ganvas._native")
     monkeypatch.setattr(cpu.native, "has_bfloat16_tiles", lambda: tiles)
     assert ops.prefers_bfloat16(torch.device("cpu")) is tiles
     assert not ops.prefers_bfloat16(torch.device("meta"))
